@@ -1,0 +1,106 @@
+"""Tokenizers: trained here (`bpe:N`), fixed (`bytes`), from a `tokenizer.json`, or from the hub."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from moe.config import ConfigError
+
+END_TOKEN = "<|endoftext|>"
+_KNOWN_END_TOKENS = (END_TOKEN, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")
+_BPE_TRAINING_BYTES = 32 * 2**20  # more text changes a small vocabulary little and costs time
+
+
+def load_tokenizer(spec: str, training_texts: Iterable[str]) -> Tokenizer:
+    """Make the tokenizer that `data.tokenizer` names.
+
+    Args:
+        spec: `bpe:N`, `bytes`, the path of a `tokenizer.json`, or a hub name.
+        training_texts: the training split; read for `bpe:N` only.
+
+    Raises:
+        ConfigError: no such tokenizer.
+    """
+    if spec.startswith("bpe:"):
+        size = spec.removeprefix("bpe:")
+        smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
+        if not size.isdigit() or not smallest <= int(size) <= 1_000_000:
+            raise ConfigError("data.tokenizer", f"{spec!r} should be bpe:N with N at least {smallest}")
+        return _train_bpe(int(size), training_texts)
+    if spec == "bytes":
+        alphabet = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        tokenizer = _byte_level(models.BPE(vocab=alphabet, merges=[]))
+        tokenizer.add_special_tokens([END_TOKEN])
+        return tokenizer
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.is_file() or path.suffix == ".json":
+        return read_tokenizer(path, "data.tokenizer")
+    try:
+        return Tokenizer.from_pretrained(spec)
+    except Exception as error:  # the hub client's errors differ from version to version
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            "data.tokenizer",
+            f"{spec!r} is neither bpe:N, bytes nor a file here, and the hub has no answer ({detail[:120]})",
+        ) from None
+
+
+def read_tokenizer(path: Path, key: str) -> Tokenizer:
+    """Read a `tokenizer.json`.
+
+    Raises:
+        ConfigError: under `key`, if it is not there or not a tokenizer.
+    """
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises bare Exception on bad files
+        raise ConfigError(key, f"cannot read tokenizer {path} ({str(error)[:120]})") from None
+
+
+def end_token(tokenizer: Tokenizer, named: str | None) -> str:
+    """The token that ends a document: the named one, or the well-known one that the vocabulary has.
+
+    Raises:
+        ConfigError: the vocabulary has no such token.
+    """
+    candidates = (named,) if named is not None else _KNOWN_END_TOKENS
+    for token in candidates:
+        if tokenizer.token_to_id(token) is not None:
+            return token
+    raise ConfigError("data.end_token", f"the tokenizer has no token {' or '.join(candidates)}; name the one it has")
+
+
+def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_first_bytes(texts, _BPE_TRAINING_BYTES), trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise ConfigError(
+            "data.tokenizer",
+            f"the corpus supports only {tokenizer.get_vocab_size()} tokens; "
+            f"use bpe:{tokenizer.get_vocab_size()} or bytes",
+        )
+    return tokenizer
+
+
+def _byte_level(model: models.Model) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        limit -= len(text)
+        if limit <= 0:
+            return

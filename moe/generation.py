@@ -1,0 +1,87 @@
+"""Sample text from a model, and load a model from a finished run."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from moe.checkpoint import CheckpointError, check_names, newest_checkpoint
+from moe.config import Config, ConfigError
+from moe.config_io import load_config
+from moe.data.tokenizer import read_tokenizer
+from moe.dispatch import LocalDispatcher
+from moe.ops.grouped_mm import choose_expert_path
+from moe.run_folder import RunFolder
+from moe.transformer import Transformer
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module,
+    prompt: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    max_context: int,
+    end_id: int | None = None,
+) -> Tensor:
+    """Extend a prompt token by token, recomputing the context each time.
+
+    Args:
+        model: a `Transformer`; put into evaluation mode for the duration.
+        prompt: (S,) int64, at least one token, on the model's device.
+        max_new_tokens: how many to add at most.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: samples among the likeliest tokens whose probabilities first reach this sum (Holtzman et al. 2020).
+        seed: of this text alone; the global random state is untouched.
+        max_context: the model sees this many last tokens.
+        end_id: stop after this token.
+
+    Returns:
+        (S + new,) int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    tokens = prompt
+    for _ in range(max_new_tokens):
+        logits = model(tokens[None, -max_context:]).logits[0, -1].float().cpu()
+        token = _sample(logits, temperature, top_p, generator).to(tokens.device)
+        tokens = torch.cat([tokens, token])
+        if token.item() == end_id:
+            break
+    model.train(was_training)
+    return tokens
+
+
+def load_model(run: Path, device: torch.device) -> tuple[Transformer, Tokenizer, Config]:
+    """Load the newest checkpoint of a run in fp32, in evaluation mode.
+
+    Raises:
+        ConfigError: the folder is no run, or holds no sound checkpoint.
+    """
+    folder = RunFolder(run)
+    if not folder.config.exists():
+        raise ConfigError("RUN", f"{run} is no run folder; give one that train.py made, such as runs/tiny")
+    config = load_config(folder.config)
+    checkpoint, warnings = newest_checkpoint(folder.checkpoints)
+    if checkpoint is None:
+        raise ConfigError("RUN", warnings[0] if warnings else f"{run} has no checkpoint yet")
+    model = Transformer(config, LocalDispatcher(), choose_expert_path(device, torch.float32))
+    weights = checkpoint.read("weights")
+    try:
+        check_names(dict(model.named_parameters()), weights, "weights")
+    except CheckpointError as error:
+        raise ConfigError("RUN", f"{checkpoint.path} does not fit {folder.config} ({error})") from None
+    model.load_state_dict(weights)
+    return model.to(device).eval(), read_tokenizer(folder.tokenizer, "RUN"), config
+
+
+def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    if temperature == 0:
+        return logits.argmax()[None]
+    probs, order = (logits / temperature).softmax(0).sort(descending=True, stable=True)
+    outside = probs.cumsum(0) - probs >= top_p  # the token that crosses top_p still belongs
+    return order[probs.masked_fill(outside, 0).multinomial(1, generator=generator)]

@@ -1,0 +1,81 @@
+"""The two auxiliary losses of a router, as pure tensor functions.
+
+Shape suffixes: T tokens, K experts per token, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+
+def count_assignments(expert_indices: Tensor, num_experts: int) -> Tensor:
+    """How many assignments each expert got, without waiting for the device.
+
+    Args:
+        expert_indices: (T, K) int64.
+        num_experts: E.
+
+    Returns:
+        (E,) int64, summing to T * K.
+    """
+    flat = expert_indices.flatten()
+    return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+def load_balancing_loss(router_probs: Tensor, expert_indices: Tensor, valid: Tensor | None = None) -> Tensor:
+    """`E * sum_i f_i P_i`: exactly 1.0 at perfect balance for every K, and E when one expert gets everything.
+
+    f_i is the share of the T * K assignments that expert i got before any dropping, P_i its mean
+    probability. The gradient flows through P only. After Fedus et al. 2021 (Switch Transformers), eq. 4,
+    with f averaged over the K choices.
+
+    Args:
+        router_probs: (T, E) fp32, rows sum to 1.
+        expert_indices: (T, K) int64.
+        valid: (T,) bool, false for padding, which counts in neither f nor P. None: every token counts.
+
+    Returns:
+        () fp32, dimensionless.
+    """
+    num_experts = router_probs.shape[1]
+    if valid is None:
+        counts_E = count_assignments(expert_indices, num_experts)
+        mean_probs_E = router_probs.mean(0)
+    else:
+        padded_TK = expert_indices.masked_fill(~valid[:, None], num_experts)
+        counts_E = count_assignments(padded_TK, num_experts + 1)[:num_experts]
+        mean_probs_E = _masked_mean(router_probs, valid)
+    share_E = counts_E.to(router_probs.dtype) / counts_E.sum()
+    return num_experts * (share_E * mean_probs_E).sum()
+
+
+def router_z_loss(router_logits: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean over tokens of `logsumexp(router_logits) ** 2`, which keeps the logits small.
+
+    After Zoph et al. 2022 (ST-MoE), eq. 5.
+
+    Args:
+        router_logits: (T, E) fp32.
+        valid: (T,) bool, false for padding. None: every token counts.
+
+    Returns:
+        () fp32, dimensionless.
+    """
+    squares_T = router_logits.logsumexp(1).square()
+    return squares_T.mean() if valid is None else _masked_mean(squares_T, valid)
+
+
+def router_entropy(router_probs: Tensor) -> Tensor:
+    """Mean entropy of the routing distribution, in nats: log E when undecided, 0 when certain.
+
+    Args:
+        router_probs: (T, E) fp32, rows sum to 1.
+
+    Returns:
+        () fp32.
+    """
+    return torch.special.entr(router_probs).sum(1).mean()
+
+
+def _masked_mean(values: Tensor, valid: Tensor) -> Tensor:
+    weights = valid.to(values.dtype)
+    return torch.tensordot(weights, values, dims=1) / weights.sum()

@@ -1,0 +1,1 @@
+"""Token permutation and grouped matrix products, each with a plain reference twin."""

@@ -1,0 +1,153 @@
+"""Bring the rows of a batch into expert order and back, deterministically and without waiting for the device.
+
+An *assignment* is one (token, choice) pair; its flat index is `t * K + k`. `plan_permutation` decides which
+row of the expert-sorted batch holds which assignment; `permute` and `unpermute` move the rows, and each is
+the other's backward pass: a gather, never an atomic addition, so that two runs on a GPU agree bit for bit.
+
+Shape suffixes: T tokens, K experts per token, E experts, A = T * K assignments, N rows, D d_model.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.losses import count_assignments
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Which row holds which assignment.
+
+    Attributes:
+        assignment_of_row: (N,) int64. Rows past `tokens_per_expert.sum()` hold no kept assignment.
+        row_of_assignment: (T, K) int64. Undefined, but a valid index, for a dropped assignment.
+        tokens_per_expert: (E,) int64, rows of each expert after dropping, in the order of the rows.
+        kept: (T, K) bool, or None when nothing can be dropped.
+    """
+
+    assignment_of_row: Tensor
+    row_of_assignment: Tensor
+    tokens_per_expert: Tensor
+    kept: Tensor | None
+
+
+def plan_permutation(
+    expert_indices: Tensor, num_experts: int, gate_weights: Tensor, expert_capacity: int | None = None
+) -> Permutation:
+    """Sort the assignments by expert; with a capacity, drop each expert's lowest gate weights.
+
+    Equal gate weights are kept in the order of choices, first choices before second ones, then of tokens.
+    The number of rows is `T * K` when dropless, else `min(T * K, E * expert_capacity)`: a bound that needs no
+    look at the data, so that the device is never waited for.
+
+    Args:
+        expert_indices: (T, K) int64, the experts of each token, best first.
+        num_experts: E.
+        gate_weights: (T, K), any float type; read only when there is a capacity.
+        expert_capacity: most assignments an expert may take. None: dropless.
+
+    Returns:
+        The plan, on the device of `expert_indices`.
+    """
+    T, K = expert_indices.shape
+    counts_E = count_assignments(expert_indices, num_experts)
+    if expert_capacity is None:
+        order_A = expert_indices.flatten().argsort(stable=True)
+        return Permutation(order_A, _inverse(order_A).view(T, K), counts_E, None)
+
+    # Two stable sorts make one ordering by (expert, gate weight descending, choice, token).
+    by_choice_A = torch.arange(T * K, device=expert_indices.device).view(T, K).t().flatten()
+    by_gate = gate_weights.detach().flatten()[by_choice_A].argsort(descending=True, stable=True)
+    by_gate_A = by_choice_A[by_gate]
+    sorted_experts = expert_indices.flatten()[by_gate_A]
+    by_expert = sorted_experts.argsort(stable=True)
+    order_A = by_gate_A[by_expert]
+    first_row_E = counts_E.cumsum(0) - counts_E
+    place_A = torch.arange(T * K, device=order_A.device) - first_row_E[sorted_experts[by_expert]]
+
+    # Dropped assignments go behind all kept ones; what fits into the bound is cut off there.
+    kept_in_order_A = place_A < expert_capacity
+    kept_first = (~kept_in_order_A).to(torch.uint8).argsort(stable=True)
+    order_A, kept_in_order_A = order_A[kept_first], kept_in_order_A[kept_first]
+    num_rows = min(T * K, num_experts * expert_capacity)
+    row_A = _inverse(order_A)
+    return Permutation(
+        assignment_of_row=order_A[:num_rows],
+        row_of_assignment=row_A.clamp(max=num_rows - 1).view(T, K),
+        tokens_per_expert=counts_E.clamp(max=expert_capacity),
+        kept=kept_in_order_A[row_A].view(T, K),
+    )
+
+
+def permute(hidden: Tensor, permutation: Permutation) -> Tensor:
+    """Copy each token's row once per kept assignment, in expert order.
+
+    Args:
+        hidden: (T, D).
+        permutation: the plan for these T tokens.
+
+    Returns:
+        (N, D), same dtype, contiguous.
+    """
+    return _Permute.apply(hidden, permutation)
+
+
+def unpermute(rows: Tensor, permutation: Permutation) -> Tensor:
+    """Bring rows back to their assignments; a dropped assignment gets zeros.
+
+    Args:
+        rows: (N, D) in expert order. Rows past the last expert's are never read.
+        permutation: the plan that `permute` used.
+
+    Returns:
+        (T, K, D), same dtype. `unpermute(permute(x, p), p)[t, k]` is `x[t]` for every kept assignment.
+    """
+    return _Unpermute.apply(rows, permutation)
+
+
+def permute_reference(hidden: Tensor, permutation: Permutation) -> Tensor:
+    """`permute` in plain indexing, differentiated by autograd."""
+    K = permutation.row_of_assignment.shape[1]
+    return hidden[permutation.assignment_of_row // K]
+
+
+def unpermute_reference(rows: Tensor, permutation: Permutation) -> Tensor:
+    """`unpermute` in plain indexing, differentiated by autograd."""
+    back_TKD = rows[permutation.row_of_assignment]
+    return back_TKD if permutation.kept is None else torch.where(permutation.kept[..., None], back_TKD, 0)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, permutation: Permutation) -> Tensor:
+        ctx.permutation = permutation
+        K = permutation.row_of_assignment.shape[1]
+        return hidden_TD.index_select(0, permutation.assignment_of_row // K)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return unpermute_reference(grads[0], ctx.permutation).sum(1), None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, permutation: Permutation) -> Tensor:
+        ctx.permutation = permutation
+        return unpermute_reference(rows_ND, permutation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        permutation: Permutation = ctx.permutation
+        grad_ND = grads[0].flatten(0, 1).index_select(0, permutation.assignment_of_row)
+        if permutation.kept is not None:
+            rows_N = torch.arange(grad_ND.shape[0], device=grad_ND.device)
+            used_N = rows_N < permutation.tokens_per_expert.sum()
+            grad_ND = torch.where(used_N[:, None], grad_ND, 0)
+        return grad_ND, None
+
+
+def _inverse(order_A: Tensor) -> Tensor:
+    places_A = torch.arange(order_A.numel(), device=order_A.device)
+    return torch.empty_like(order_A).scatter_(0, order_A, places_A)

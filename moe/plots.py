@@ -1,0 +1,36 @@
+"""Pictures of a run."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def plot_losses(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draw training and validation loss against tokens.
+
+    Args:
+        metrics: lines of `metrics.jsonl`.
+        title: above the plot.
+        path: of the PNG.
+    """
+    train = [(line["tokens"], line["loss/lm"]) for line in metrics if "loss/lm" in line]
+    evaluated = [(line["tokens"], line["eval/loss"]) for line in metrics if "eval/loss" in line]
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=120, layout="constrained")
+    tokens, losses = np.array(train).T
+    axes.plot(tokens / 1e6, losses, color="#9aa5b1", linewidth=1.2, label="training (one batch)")
+    if evaluated:
+        tokens, losses = np.array(evaluated).T
+        axes.plot(tokens / 1e6, losses, "o-", color="#1f4e9c", linewidth=2, markersize=5, label="validation")
+        axes.annotate(
+            f"{losses[-1]:.3f}", (tokens[-1] / 1e6, losses[-1]), xytext=(0, 9), textcoords="offset points", ha="center"
+        )
+    axes.set(title=title, xlabel="training tokens (millions)", ylabel="cross-entropy (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+    plt.close(figure)

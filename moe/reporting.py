@@ -1,0 +1,57 @@
+"""What a finished run says of itself: `summary.json` and `sample.txt`."""
+
+from typing import Any
+
+import torch
+
+from moe.accounting import Ledger
+from moe.config import Config
+from moe.data.tokens import TokenizedCorpus
+from moe.generation import generate
+
+_PROMPT_TOKENS, _NEW_TOKENS = 48, 200
+_TEMPERATURE, _TOP_P = 0.7, 0.95
+
+
+def summarize(metrics: list[dict[str, Any]], ledger: Ledger, wall_s: float) -> dict[str, Any]:
+    """The figures of `summary.json`.
+
+    Args:
+        metrics: lines of `metrics.jsonl`.
+        ledger: counts of the model.
+        wall_s: seconds from the first step on, evaluation and saving included, over all resumed parts.
+    """
+    train = [line for line in metrics if "loss/lm" in line]
+    last_evaluation = next(line for line in reversed(metrics) if "eval/loss" in line)
+    tokens_per_step = train[-1]["tokens"] / train[-1]["step"]
+    mean_step_s = sum(line["perf/step_s"] for line in train) / len(train)
+    return {
+        "params_total": ledger.params_total,
+        "params_active": ledger.params_active,
+        "flops_per_token": ledger.flops_per_token_train,
+        "final_train_loss": train[-1]["loss/lm"],
+        "final_eval_loss": last_evaluation["eval/loss"],
+        "final_bits_per_byte": last_evaluation["eval/bits_per_byte"],
+        "tokens": train[-1]["tokens"],
+        "wall_s": wall_s,
+        "tokens_per_s": tokens_per_step / mean_step_s,
+    }
+
+
+def write_samples(
+    model: torch.nn.Module, corpus: TokenizedCorpus, config: Config, device: torch.device
+) -> str:
+    """Text from the model: one document from nothing, and the continuation of two validation texts."""
+    end_id = corpus.tokenizer.token_to_id(corpus.end_token)
+    middle = len(corpus.validation) // 2
+    prompts = [[end_id]] + [corpus.validation[i : i + _PROMPT_TOKENS].tolist() for i in (0, middle)]
+    parts = []
+    for seed, prompt in enumerate(prompts):
+        tokens = torch.tensor(prompt, device=device)
+        tokens = generate(
+            model, tokens, _NEW_TOKENS, _TEMPERATURE, _TOP_P, seed, config.model.max_seq_len, end_id
+        ).tolist()
+        title = "from nothing" if prompt == [end_id] else "a validation text, continued after the bar"
+        given = corpus.tokenizer.decode(prompt).rstrip("\n") + " ||" if prompt != [end_id] else ""
+        parts.append(f"----- {title}\n{given}{corpus.tokenizer.decode(tokens[len(prompt) :])}\n")
+    return "\n".join(parts)

@@ -1,0 +1,64 @@
+"""The top-k gating router: which experts a token goes to, and with what weight.
+
+Shape suffixes: T tokens, K experts per token, E experts, D d_model.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RouterOutput(NamedTuple):
+    """Where each token goes.
+
+    Attributes:
+        expert_indices: (T, K) int64, best first, distinct within a row.
+        gate_weights: (T, K) fp32.
+        router_logits: (T, E) fp32.
+        router_probs: (T, E) fp32, rows sum to 1.
+    """
+
+    expert_indices: Tensor
+    gate_weights: Tensor
+    router_logits: Tensor
+    router_probs: Tensor
+
+
+class Router(nn.Module):
+    """Softmax top-k gating over fp32 logits.
+
+    The arithmetic is fp32 whatever the dtype of the input and of the stored weight, since a logit rounded to
+    bf16 changes which expert wins (Fedus et al. 2021, section 2.4). The gate weights are the probabilities
+    of the chosen experts (Shazeer et al. 2017), with `normalize_gate_weights` divided by their sum.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        top_k: K.
+        normalize_gate_weights: whether a token's K weights sum to 1. With K = 1 that would cut the router off
+            from the loss, and is refused by the configuration.
+    """
+
+    def __init__(self, d_model: int, num_experts: int, top_k: int, normalize_gate_weights: bool):
+        super().__init__()
+        assert top_k <= num_experts, (top_k, num_experts)
+        assert top_k > 1 or not normalize_gate_weights, "a normalised top-1 gate weight is the constant 1"
+        self.top_k = top_k
+        self.normalize_gate_weights = normalize_gate_weights
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+
+    def forward(self, hidden: Tensor) -> RouterOutput:
+        """Route tokens.
+
+        Args:
+            hidden: (T, D), any float type.
+        """
+        dtype = torch.promote_types(hidden.dtype, torch.float32)  # fp64 stays, for gradient checks
+        logits_TE = F.linear(hidden.to(dtype), self.weight.to(dtype))
+        probs_TE = logits_TE.softmax(dim=1)
+        gate_weights_TK, expert_indices_TK = probs_TE.topk(self.top_k, dim=1)
+        if self.normalize_gate_weights:
+            gate_weights_TK = gate_weights_TK / gate_weights_TK.sum(dim=1, keepdim=True)
+        return RouterOutput(expert_indices_TK, gate_weights_TK, logits_TE, probs_TE)

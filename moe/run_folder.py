@@ -1,0 +1,145 @@
+"""The folder of a run: whether it may be used, what it holds, and what a resumed run may change.
+
+    config.yaml  env.json  metrics.jsonl  summary.json  loss.png  sample.txt  tokenizer.json  checkpoints/
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe.checkpoint import Checkpoint, has_checkpoint, newest_checkpoint
+from moe.config import Config, ConfigError
+from moe.config_io import dump_config, flat_config, parse_config
+
+# What a resumed run may change without becoming another experiment.
+_FREE_SECTIONS = ("parallel.", "log.", "run.name", "run.dir", "run.resume", "data.cache_dir")
+_FREE_KEYS = {
+    "train.steps",
+    "train.micro_batch_size",
+    "train.eval_interval",
+    "train.checkpoint_interval",
+    "train.keep_checkpoints",
+    "train.activation_checkpointing",
+    "train.compile",
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The complete configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Code version, library versions and hardware."""
+        return self.path / "env.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: the record of the run."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """Final figures; it exists once the run is finished."""
+        return self.path / "summary.json"
+
+    @property
+    def loss_plot(self) -> Path:
+        """Training and validation loss."""
+        return self.path / "loss.png"
+
+    @property
+    def sample(self) -> Path:
+        """Text from the final model."""
+        return self.path / "sample.txt"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer in the `tokenizers` library's JSON format."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder per checkpoint."""
+        return self.path / "checkpoints"
+
+    def create(self, config: Config) -> None:
+        """Make the folder and write the configuration.
+
+        Raises:
+            ConfigError: the file system refuses.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.config.write_text(dump_config(config))
+        except OSError as error:
+            raise ConfigError("run.dir", f"cannot write to {self.path} ({error.strerror})") from None
+
+
+def open_run(config: Config) -> tuple[RunFolder, Checkpoint | None, list[str]]:
+    """Look at the run's folder, writing nothing.
+
+    Returns:
+        The folder, the checkpoint to resume from (None: start fresh), and warnings about damaged ones.
+
+    Raises:
+        ConfigError: the folder is no place for this run, or the run is not the one that was saved.
+    """
+    folder = RunFolder(Path(config.run.dir))
+    _check_usable(folder.path)
+    used = folder.config.exists()
+    if used and config.run.resume == "never":
+        raise ConfigError("run.resume", f"never, but {folder.path} already holds a run; choose another run.name")
+    checkpoint, warnings = newest_checkpoint(folder.checkpoints)
+    if checkpoint is None and has_checkpoint(folder.checkpoints):
+        raise ConfigError(
+            "run.dir", f"{warnings[0].split('; ')[0]}, and so is every other one; choose another run.name"
+        )
+    if checkpoint is None and config.run.resume == "must":
+        raise ConfigError("run.resume", f"must, but {folder.path} holds no checkpoint; set it to auto")
+    if checkpoint is not None:
+        _check_same_experiment(config, parse_config(checkpoint.info["config"]))
+        if checkpoint.step > config.train.steps:
+            raise ConfigError(
+                "train.steps",
+                f"{config.train.steps}, but the run is already at step {checkpoint.step}; raise it "
+                "or choose another run.name",
+            )
+    return folder, checkpoint, warnings
+
+
+def _check_usable(path: Path) -> None:
+    if path.is_dir():
+        if any(path.iterdir()) and not (path / "config.yaml").exists():
+            raise ConfigError("run.dir", f"{path} holds files that are no run's; choose an empty or new folder")
+    elif path.exists():
+        raise ConfigError("run.dir", f"{path} is a file; choose a folder")
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError("run.dir", f"{path} cannot be written ({parent} is no writable folder); choose another")
+
+
+def _check_same_experiment(new: Config, saved: Config) -> None:
+    changed: list[tuple[str, Any, Any]] = []
+    new_values = flat_config(new)
+    for key, old_value in flat_config(saved).items():
+        free = key in _FREE_KEYS or key.startswith(_FREE_SECTIONS)
+        from_tokenizer = key in ("model.vocab_size", "data.end_token") and new_values[key] is None
+        if not free and not from_tokenizer and new_values[key] != old_value:
+            changed.append((key, old_value, new_values[key]))
+    if changed:
+        keys = ", ".join(f"{key} (was {old!r}, now {now!r})" for key, old, now in changed)
+        raise ConfigError(
+            changed[0][0],
+            f"differs from the run in {new.run.dir}: {keys}; restore it, or choose another run.name",
+        )

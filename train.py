@@ -1,0 +1,235 @@
+"""Train a sparse mixture-of-experts language model.
+
+    python train.py [CONFIG] [section.key=value ...]
+    torchrun --nproc-per-node N train.py ...        deepspeed --num_gpus N train.py ...
+
+CONFIG is a YAML file, configs/tiny.yaml unless given. This file is the training loop; read it top to bottom.
+"""
+
+import argparse
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from moe import accounting
+from moe.checkpoint import CheckpointError, save_checkpoint, set_aside_newer
+from moe.config import Config, ConfigError
+from moe.config_io import describe_keys, dump_config, load_config
+from moe.data.tokens import num_samples, prepare_corpus, read_samples, sample_ids
+from moe.dispatch import LocalDispatcher
+from moe.engine import Engine, start, stop, world_size
+from moe.evaluation import evaluate
+from moe.ops.grouped_mm import choose_expert_path
+from moe.optim import learning_rate
+from moe.plots import plot_losses
+from moe.reporting import summarize, write_samples
+from moe.run_folder import open_run
+from moe.telemetry import MetricsLog, StepMeter, describe_environment, read_metrics
+from moe.transformer import Transformer, init_weights
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
+INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+
+
+class TrainingError(Exception):
+    """The run cannot go on; what was saved stays good."""
+
+
+def train(config: Config) -> int:
+    """Run the training that the configuration describes, from the start or from its newest checkpoint.
+
+    Returns:
+        The exit code: 0 when all steps are done, 130 when a signal stopped the run after a checkpoint.
+    """
+    # 1. Everything that can be refused is refused before anything is built or written.
+    folder, checkpoint, warnings = open_run(config)
+    accumulation_steps = config.accumulation_steps(world_size())
+    if config.parallel.ep_size > 1:
+        raise ConfigError("parallel.ep_size", "experts cannot be split over ranks yet; set it to 1")
+    world = start(config.parallel)
+    is_writer = world.rank == 0
+    say = print if is_writer else lambda *_: None
+    for warning in warnings:
+        say(f"warning: {warning}", file=sys.stderr)
+    corpus = prepare_corpus(config)
+    config = config.resolve(corpus.tokenizer.get_vocab_size(), corpus.end_token)
+    if checkpoint is not None and checkpoint.info["data_fingerprint"] != corpus.fingerprint:
+        raise ConfigError("data.source", f"the text or its tokens changed since {checkpoint.path} was saved")
+    if checkpoint is not None and checkpoint.step == config.train.steps and folder.summary.exists():
+        say(f"{folder.path} is finished ({checkpoint.step} steps); raise train.steps to go on, or set run.name")
+        return 0
+
+    # 2. The model and the engine.
+    ledger = accounting.count(config)
+    say(f"{folder.path}: {len(corpus.train):,} training tokens, {world.size} x {world.device.type}")
+    say(accounting.describe(config, world.size))
+    dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+    model = Transformer(config, LocalDispatcher(), choose_expert_path(world.device, dtype))
+    init_weights(model, config.run.seed)
+    if config.train.compile:
+        for block in model.blocks:
+            block.compile()
+    engine = Engine(model, config, world)
+
+    # 3. Continue where the checkpoint stopped.
+    first_step, wall_s = 0, 0.0
+    if checkpoint is not None:
+        engine.load_state({kind: checkpoint.read(kind) for kind in checkpoint.kinds}, checkpoint.step)
+        first_step, wall_s = checkpoint.step, checkpoint.info["wall_s"]
+        say(f"resumed from {checkpoint.path}")
+    environment = describe_environment()
+    log = None
+    if is_writer:
+        folder.create(config)
+        folder.tokenizer.write_text(corpus.tokenizer.to_str(pretty=True))
+        folder.environment.write_text(json.dumps(environment, indent=1))
+        set_aside_newer(folder.checkpoints, first_step)
+        log = MetricsLog(folder.metrics, first_step, config)
+
+    # 4. Train.
+    steps, batch_size, seq_len = config.train.steps, config.train.global_batch_size, config.data.seq_len
+    micro, train_samples = config.train.micro_batch_size, num_samples(corpus.train, seq_len)
+    peak = accounting.peak_flops(environment["gpu"])
+    stop_request = StopRequest()
+    started = time.perf_counter() - wall_s
+    bar = tqdm(total=steps, initial=first_step, unit="step", disable=None if is_writer else True, leave=False)
+    for step in range(first_step, steps):
+        step_started = time.perf_counter()
+        ids = sample_ids(config.run.seed, step, batch_size, train_samples, shuffle=not config.data.streaming)
+        lr = learning_rate(step, steps, config.optim)
+        meter = StepMeter(world.device)
+        for i in range(accumulation_steps):
+            mine = (i * world.size + world.rank) * micro
+            samples = read_samples(corpus.train, ids[mine : mine + micro], seq_len)
+            tokens = torch.from_numpy(samples).to(world.device)
+            logits, aux = engine(tokens[:, :-1])
+            lm_loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+            loss = lm_loss
+            if aux is not None:
+                loss = loss + config.moe.aux_loss_coef * aux.load_balancing_loss.mean()
+                loss = loss + config.moe.z_loss_coef * aux.router_z_loss.mean()
+            _check_finite("loss", loss.item(), step + 1)
+            meter.add(lm_loss, aux)
+            engine.backward(loss)
+            grad_norm = engine.step(lr)
+        _check_finite("gradient norm", grad_norm, step + 1)
+        for sums in meter.tensors():
+            engine.sum_over_ranks(sums)
+
+        # 5. Report, evaluate, save.
+        done = step + 1
+        position = {"step": done, "tokens": done * batch_size * seq_len}
+        step_s = time.perf_counter() - step_started
+        tokens_per_s = batch_size * seq_len / step_s
+        metrics = position | meter.read(world.size)
+        bar.set_postfix_str(f"loss {metrics['loss/lm']:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+        bar.update()
+        if log is not None and (done % config.log.interval == 0 or done in (1, steps)):
+            mfu = tokens_per_s * ledger.flops_per_token_train / (peak * world.size) if peak else None
+            log.write(
+                metrics
+                | {"optim/lr": lr, "optim/grad_norm": grad_norm}
+                | {"perf/tokens_per_s": tokens_per_s, "perf/step_s": step_s, "perf/mfu": mfu}
+            )
+            if bar.disable:
+                say(f"step {done}/{steps}: loss {metrics['loss/lm']:.4f}, {tokens_per_s:,.0f} tokens/s", flush=True)
+        if done % config.train.eval_interval == 0 or done == steps:
+            evaluation = evaluate(engine, corpus, config)
+            if log is not None:
+                log.write(position | evaluation)
+                bar.write(
+                    f"step {done}/{steps}: validation loss {evaluation['eval/loss']:.4f} nats per token, "
+                    f"{evaluation['eval/bits_per_byte']:.4f} bits per byte"
+                )
+        if done % config.train.checkpoint_interval == 0 or done == steps or stop_request.made:
+            state = engine.state()
+            if is_writer:
+                info = {
+                    "config": config.model_dump(mode="json"),
+                    "data_fingerprint": corpus.fingerprint,
+                    "wall_s": time.perf_counter() - started,
+                }
+                save_checkpoint(folder.checkpoints, done, state, info, config.train.keep_checkpoints)
+        if stop_request.made and done < steps:
+            bar.close()
+            say(f"stopped and saved at step {done} of {steps}; run the same command again to resume")
+            return INTERRUPTED
+    bar.close()
+
+    # 6. Leave behind what a person wants to look at.
+    if log is not None:
+        log.close()
+        summary = summarize(read_metrics(folder.metrics), ledger, time.perf_counter() - started)
+        title = f"{config.run.name}: {ledger.params_total / 1e6:.1f}M parameters, {ledger.params_active / 1e6:.1f}M active"
+        plot_losses(read_metrics(folder.metrics), title, folder.loss_plot)
+        folder.sample.write_text(write_samples(engine.module, corpus, config, world.device), encoding="utf-8")
+        folder.summary.write_text(json.dumps(summary, indent=1))
+        say(json.dumps(summary, indent=1))
+        say(f"look at {folder.loss_plot}, {folder.sample}; python scripts/generate.py {folder.path} --prompt 'def '")
+    return 0
+
+
+def _check_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"step {step}: the {what} is {value}. Nothing of this step was saved; earlier checkpoints are sound. "
+            "Start a new run with a lower optim.lr or optim.grad_clip"
+        )
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop at the end of the step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.made = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        if self.made:
+            raise KeyboardInterrupt
+        self.made = True
+        print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+
+def main(arguments: list[str]) -> int:
+    """Parse the command line, train, and turn errors into exit codes."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a sparse mixture-of-experts language model.",
+        epilog="keys:\n" + describe_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("items", nargs="*", metavar="CONFIG | key=value", help="a YAML file, then overrides")
+    parser.add_argument("--print-config", action="store_true", help="print the complete configuration and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from DeepSpeed's launcher
+    options = parser.parse_args(arguments)
+    items: list[str] = options.items
+    path = Path(items.pop(0)) if items and "=" not in items[0] else DEFAULT_CONFIG
+    try:
+        config = load_config(path, items)
+        if options.print_config:
+            print(dump_config(config), end="")
+            return 0
+        return train(config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (TrainingError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    finally:
+        stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
