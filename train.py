@@ -24,7 +24,7 @@ from moe.config import Config, ConfigError
 from moe.config_io import describe_keys, dump_config, load_config
 from moe.data.tokens import num_samples, prepare_corpus, read_samples, sample_ids
 from moe.dispatch import LocalDispatcher
-from moe.engine import Engine, start, stop, world_size
+from moe.engine import Engine, choose_device, start, stop, world_size
 from moe.evaluation import evaluate
 from moe.ops.grouped_mm import choose_expert_path
 from moe.optim import learning_rate
@@ -53,20 +53,21 @@ def train(config: Config) -> int:
     accumulation_steps = config.accumulation_steps(world_size())
     if config.parallel.ep_size > 1:
         raise ConfigError("parallel.ep_size", "experts cannot be split over ranks yet; set it to 1")
-    world = start(config.parallel)
-    is_writer = world.rank == 0
-    say = print if is_writer else lambda *_: None
-    for warning in warnings:
-        say(f"warning: {warning}", file=sys.stderr)
+    choose_device(config.parallel)
     corpus = prepare_corpus(config)
     config = config.resolve(corpus.tokenizer.get_vocab_size(), corpus.end_token)
     if checkpoint is not None and checkpoint.info["data_fingerprint"] != corpus.fingerprint:
         raise ConfigError("data.source", f"the text or its tokens changed since {checkpoint.path} was saved")
     if checkpoint is not None and checkpoint.step == config.train.steps and folder.summary.exists():
-        say(f"{folder.path} is finished ({checkpoint.step} steps); raise train.steps to go on, or set run.name")
+        print(f"{folder.path} is finished ({checkpoint.step} steps); raise train.steps to go on, or set run.name")
         return 0
 
     # 2. The model and the engine.
+    world = start(config.parallel)
+    is_writer = world.rank == 0
+    say = print if is_writer else lambda *_, **__: None
+    for warning in warnings:
+        say(f"warning: {warning}", file=sys.stderr)
     ledger = accounting.count(config)
     say(f"{folder.path}: {len(corpus.train):,} training tokens, {world.size} x {world.device.type}")
     say(accounting.describe(config, world.size))

@@ -1,7 +1,8 @@
 """What a sparse model is and costs, as integers from its configuration; no weights are allocated.
 
 Conventions: a matrix of n weights takes 2 n FLOPs per token forward and 4 n backward; embeddings are looked
-up for free; norms, softmax and rotary positions are not counted, as in Kaplan et al. 2020, table 1.
+up for free; norms, softmax, rotary positions and the weighted sum over a token's experts are not counted, after
+Kaplan et al. 2020, table 1.
 """
 
 from dataclasses import dataclass

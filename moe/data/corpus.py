@@ -132,13 +132,13 @@ def _text_files(data: DataConfig, paths: list[Path]) -> Iterator[Document]:
         yield Document(text[cut:], "validation", "text")
 
 
-def _records(data: DataConfig, name: str, split: str = "train", **arguments: Any) -> Iterator[Document]:
+def _records(data: DataConfig, source: str, split: str = "train", /, **arguments: Any) -> Iterator[Document]:
     """Rows of a dataset that Hugging Face `datasets` can load, streamed: the token cache is the only copy."""
     import datasets  # 1.5 s, and the default source does not need it
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=True, **arguments)
+        rows = datasets.load_dataset(source, split=split, streaming=True, **arguments)
         for row in rows:
             if data.text_field not in row:
                 raise ConfigError(
@@ -152,7 +152,7 @@ def _records(data: DataConfig, name: str, split: str = "train", **arguments: Any
         raise
     except Exception as error:  # datasets raises whatever its readers raise
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError("data.source", f"cannot be read as {name}: {detail[:200]}") from None
+        raise ConfigError("data.source", f"cannot be read as {source}: {detail[:200]}") from None
 
 
 def _hub(data: DataConfig) -> Corpus:

@@ -202,6 +202,8 @@ def _write_tokens(
         wanted = [document for document in batch if not full(document.split)]
         encodings = tokenizer.encode_batch_fast([document.text for document in wanted], add_special_tokens=False)
         for document, encoding in zip(wanted, encodings, strict=True):
+            if full(document.split):
+                continue
             if document.domain not in domains:
                 domains.append(document.domain)
             count = counts[document.split]

@@ -59,25 +59,23 @@ def plan_permutation(
 
     # Two stable sorts make one ordering by (expert, gate weight descending, choice, token).
     by_choice_A = torch.arange(T * K, device=expert_indices.device).view(T, K).t().flatten()
-    by_gate = gate_weights.detach().flatten()[by_choice_A].argsort(descending=True, stable=True)
-    by_gate_A = by_choice_A[by_gate]
-    sorted_experts = expert_indices.flatten()[by_gate_A]
-    by_expert = sorted_experts.argsort(stable=True)
-    order_A = by_gate_A[by_expert]
+    gates_A = gate_weights.detach().flatten().gather(0, by_choice_A)
+    by_gate_A = by_choice_A.gather(0, gates_A.argsort(descending=True, stable=True))
+    experts_A, by_expert = expert_indices.flatten().gather(0, by_gate_A).sort(stable=True)
+    order_A = by_gate_A.gather(0, by_expert)
     first_row_E = counts_E.cumsum(0) - counts_E
-    place_A = torch.arange(T * K, device=order_A.device) - first_row_E[sorted_experts[by_expert]]
+    place_A = torch.arange(T * K, device=order_A.device) - first_row_E.gather(0, experts_A)
 
     # Dropped assignments go behind all kept ones; what fits into the bound is cut off there.
-    kept_in_order_A = place_A < expert_capacity
-    kept_first = (~kept_in_order_A).to(torch.uint8).argsort(stable=True)
-    order_A, kept_in_order_A = order_A[kept_first], kept_in_order_A[kept_first]
+    dropped_A, kept_first = (place_A >= expert_capacity).to(torch.uint8).sort(stable=True)
+    order_A = order_A.gather(0, kept_first)
     num_rows = min(T * K, num_experts * expert_capacity)
     row_A = _inverse(order_A)
     return Permutation(
-        assignment_of_row=order_A[:num_rows],
+        assignment_of_row=order_A.narrow(0, 0, num_rows),
         row_of_assignment=row_A.clamp(max=num_rows - 1).view(T, K),
         tokens_per_expert=counts_E.clamp(max=expert_capacity),
-        kept=kept_in_order_A[row_A].view(T, K),
+        kept=(dropped_A.gather(0, row_A) == 0).view(T, K),
     )
 
 
@@ -115,8 +113,9 @@ def permute_reference(hidden: Tensor, permutation: Permutation) -> Tensor:
 
 def unpermute_reference(rows: Tensor, permutation: Permutation) -> Tensor:
     """`unpermute` in plain indexing, differentiated by autograd."""
-    back_TKD = rows[permutation.row_of_assignment]
-    return back_TKD if permutation.kept is None else torch.where(permutation.kept[..., None], back_TKD, 0)
+    places_TK = permutation.row_of_assignment
+    back_TKD = rows.index_select(0, places_TK.flatten()).unflatten(0, places_TK.shape)
+    return back_TKD if permutation.kept is None else torch.where(permutation.kept.unsqueeze(2), back_TKD, 0)
 
 
 class _Permute(torch.autograd.Function):

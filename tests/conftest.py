@@ -1,0 +1,78 @@
+"""Shared fixtures: a small real corpus and the overrides that make a run take a second."""
+
+import argparse
+import inspect
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """200 kB of Python source in one text file."""
+    path = tmp_path_factory.mktemp("corpus") / "source.txt"
+    text = "".join(inspect.getsource(module) for module in (argparse, inspect, textwrap, json))
+    path.write_text(text[:200_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small(text_file, cache_dir) -> list[str]:
+    """Overrides of a model with every feature on, and steps of milliseconds."""
+    return [
+        f"data.source={text_file}",
+        f"data.cache_dir={cache_dir}",
+        "data.tokenizer=bytes",
+        "data.seq_len=32",
+        "model.d_model=32",
+        "model.n_layers=2",
+        "model.n_heads=4",
+        "model.n_kv_heads=2",
+        "model.d_ff=64",
+        "model.max_seq_len=64",
+        "model.qk_norm=true",
+        "moe.num_experts=4",
+        "moe.top_k=2",
+        "moe.d_ff_expert=32",
+        "moe.num_shared_experts=1",
+        "train.steps=12",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=2",
+        "train.eval_interval=6",
+        "train.eval_batches=2",
+        "train.checkpoint_interval=4",
+        "optim.warmup_steps=2",
+        "log.interval=1",
+        "parallel.device=cpu",
+    ]
+
+
+@pytest.fixture
+def run_main(small, tmp_path, capsys):
+    """Call train.py's main in this process: (exit code, run folder, stdout, stderr)."""
+
+    def call(*overrides: str, folder: str = "run"):
+        run = tmp_path / folder
+        code = train.main([*small, f"run.dir={run}", *overrides])
+        printed = capsys.readouterr()
+        return code, run, printed.out, printed.err
+
+    return call
+
+
+def read_lines(run: Path) -> list[dict]:
+    """metrics.jsonl without the timings, which differ from run to run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]

@@ -1,0 +1,35 @@
+import math
+
+import pytest
+
+from moe.config import OptimConfig
+from moe.config_io import parse_config
+from moe.dispatch import LocalDispatcher
+from moe.optim import learning_rate, parameter_groups
+from moe.transformer import Transformer
+
+
+def test_every_parameter_is_in_exactly_one_group_and_norms_are_never_decayed():
+    config = parse_config({"model": {"qk_norm": True, "vocab_size": 50}, "moe": {"num_shared_experts": 1}})
+    model = Transformer(config, LocalDispatcher(), "loop")
+    groups = parameter_groups(model, 0.1)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (0.0 if "norm" in name else 0.1), name
+
+
+def test_schedule_of_hand_worked_points():
+    optim = OptimConfig(lr=1.0, min_lr_ratio=0.1, warmup_steps=4)
+    rates = [learning_rate(step, 15, optim) for step in range(15)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[9] == pytest.approx(0.1 + 0.9 * 0.5)  # half way from step 4 to step 14
+    assert rates[14] == pytest.approx(0.1)
+    assert all(later < earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+
+
+def test_schedule_without_warm_up_and_of_one_step():
+    assert learning_rate(0, 1, OptimConfig(lr=2.0, warmup_steps=0)) == 2.0
+    assert math.isfinite(learning_rate(0, 1, OptimConfig(lr=2.0, warmup_steps=1)))
