@@ -144,7 +144,9 @@ class ParallelConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     ep_size: int = Field(1, gt=0, description="ranks that split the experts of a layer")
     zero_stage: Literal[1, 2] = Field(
-        1, description="ZeRO stage (0 clips expert gradients wrongly, 3 does not take MoE layers)"
+        1,
+        description="ZeRO stage; under bf16, 2 accumulates micro batches in fp32 and 1 in bf16 "
+        "(0 clips expert gradients wrongly, 3 does not take MoE layers)",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="precision of weights and activations; the router is always fp32"

@@ -6,7 +6,6 @@ One process is world size 1 of the same engine, and CPU is gloo of the same engi
 import datetime
 import logging
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,14 +50,18 @@ def choose_device(parallel: ParallelConfig) -> torch.device:
 
 
 def start(parallel: ParallelConfig) -> World:
-    """Join the process group; under no launcher, make one of size 1."""
+    """Join the process group; under no launcher, make one of size 1. A second call joins the same one."""
     device = choose_device(parallel)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=parallel.timeout_s)
     os.environ["DS_ACCELERATOR"] = device.type
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in defaults.items():  # without them DeepSpeed asks for mpi4py
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "MASTER_PORT" not in os.environ and not torch.distributed.is_initialized():
+        # No launcher: DeepSpeed would ask for mpi4py. A store in memory needs no free port either.
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
     import deepspeed
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
@@ -67,18 +70,12 @@ def start(parallel: ParallelConfig) -> World:
     # Its shared-memory collectives would be compiled with g++ on first use; a run killed meanwhile leaves a
     # lock on which every later run hangs. gloo does the same work.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=parallel.timeout_s),
-        verbose=False,
-    )
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, for good: DeepSpeed keeps references to it and cannot start a second one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -210,7 +207,7 @@ def _deepspeed_config(config: Config, world: World) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
     if world.device.type == "cpu":
         zero["reduce_bucket_size"] = _CPU_BUCKET_ELEMENTS
-    return {
+    settings = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps(world.size),
@@ -218,18 +215,15 @@ def _deepspeed_config(config: Config, world: World) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.parallel.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
     }
+    if config.parallel.zero_stage == 2:
+        # Under stage 1 this would select DeepSpeed's BF16_Optimizer, whose norm leaves experts out.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
 
 
 def _quiet_deepspeed() -> None:
     for name, logger in logging.root.manager.loggerDict.items():
         if name.lower().startswith("deepspeed") and isinstance(logger, logging.Logger):
             logger.setLevel(logging.ERROR)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

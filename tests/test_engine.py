@@ -1,0 +1,209 @@
+"""The engine against plain torch, and the DeepSpeed internals that it relies on."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe.checkpoint import CheckpointError
+from moe.config_io import parse_config
+from moe.dispatch import LocalDispatcher
+from moe.engine import Engine, start
+from moe.optim import learning_rate, parameter_groups
+from moe.transformer import Transformer, init_weights
+
+
+def make_config(**sections):
+    base = {
+        "model": {"d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 64, "vocab_size": 50},
+        "moe": {"num_experts": 4, "top_k": 2, "d_ff_expert": 32},
+        "data": {"seq_len": 16},
+        "train": {"global_batch_size": 8, "micro_batch_size": 8, "steps": 10},
+        "optim": {"lr": 1e-2, "warmup_steps": 2, "grad_clip": 0.5},
+        "parallel": {"device": "cpu"},
+    }
+    return parse_config({name: base.get(name, {}) | sections.get(name, {}) for name in {*base, *sections}})
+
+
+def make_model(config):
+    model = Transformer(config, LocalDispatcher(), "grouped_mm")
+    init_weights(model, 0)
+    return model
+
+
+@pytest.fixture
+def process_group():
+    return start(make_config().parallel)
+
+
+def batches(steps):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 50, (steps, 8, 17), generator=generator)
+
+
+def loss_of(output, tokens):
+    logits, aux = output
+    loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+    return loss + 0.01 * aux.load_balancing_loss.mean() + 0.001 * aux.router_z_loss.mean()
+
+
+def run_engine(engine, config, steps, first=0):
+    losses, norms = [], []
+    micro = config.train.micro_batch_size
+    for step in range(first, first + steps):
+        total, norm = 0.0, 0.0
+        for part in batches(20)[step].split(micro):
+            loss = loss_of(engine(part[:, :-1]), part)
+            engine.backward(loss)
+            norm = engine.step(learning_rate(step, 10, config.optim))
+            total += loss.item() * micro / 8
+        losses.append(total)
+        norms.append(norm)
+    return losses, norms
+
+
+def run_plain(config, steps):
+    """The same training in ten lines of torch, without DeepSpeed."""
+    model = make_model(config)
+    groups = parameter_groups(model, config.optim.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.optim.betas)
+    losses, norms = [], []
+    for step in range(steps):
+        tokens = batches(20)[step]
+        loss = loss_of(model(tokens[:, :-1]), tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip).item())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 10, config.optim)
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses, norms
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("grad_clip", [0.5, 0.0])
+def test_engine_equals_plain_adamw_with_clipping(process_group, zero_stage, grad_clip):
+    if grad_clip == 0.0:
+        config, plain_config = make_config(optim={"grad_clip": 0.0}), make_config(optim={"grad_clip": 1e9})
+    else:
+        config = plain_config = make_config(parallel={"zero_stage": zero_stage})
+    engine = Engine(make_model(config), config, process_group)
+    losses, norms = run_engine(engine, config, 8)
+    model, plain_losses, plain_norms = run_plain(plain_config, 8)
+    assert max(plain_norms) > 0.5, "the clipping must bite"
+    torch.testing.assert_close(losses, plain_losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(norms, plain_norms, rtol=1e-4, atol=0)
+    for name, parameter in engine.module.named_parameters():
+        expected = dict(model.named_parameters())[name]
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_accumulation_gives_the_cross_entropy_gradient_of_the_whole_batch(process_group, precision):
+    gradients = []
+    for micro in (8, 2):
+        parallel = {"precision": precision, "zero_stage": 2}
+        config = make_config(train={"micro_batch_size": micro}, optim={"grad_clip": 0.0}, parallel=parallel)
+        engine = Engine(make_model(config), config, process_group)
+        for part in batches(1)[0].split(micro):
+            logits, _ = engine(part[:, :-1])
+            engine.backward(F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten()))
+            engine.step(1e-3)
+        gradients.append({name: moment / 0.1 for name, moment in engine.state()["exp_avg"].items()})
+    tolerance = {"fp32": dict(rtol=1e-3, atol=1e-7), "bf16": dict(rtol=0.1, atol=2e-3)}[precision]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, **tolerance, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_training_goes_on_bit_for_bit_after_state_and_load_state(process_group, zero_stage, precision):
+    config = make_config(parallel={"zero_stage": zero_stage, "precision": precision})
+    first = Engine(make_model(config), config, process_group)
+    run_engine(first, config, 4)
+    state = first.state()
+    expected, _ = run_engine(first, config, 4, first=4)
+
+    other_init = make_model(config)
+    init_weights(other_init, seed=99)
+    second = Engine(other_init, config, process_group)
+    second.load_state(state, steps_taken=4)
+    got, _ = run_engine(second, config, 4, first=4)
+    assert got == expected
+    for kind, named in first.state().items():
+        for name, tensor in named.items():
+            if kind != "rng":
+                assert torch.equal(second.state()[kind][name], tensor), (kind, name)
+
+
+def test_state_is_under_parameter_names_in_fp32_and_moments_are_those_of_adam(process_group):
+    config = make_config(parallel={"precision": "bf16"})
+    engine = Engine(make_model(config), config, process_group)
+    run_engine(engine, config, 1)
+    state = engine.state()
+    shapes = {name: tuple(p.shape) for name, p in engine.module.named_parameters()}
+    for kind in ("weights", "exp_avg", "exp_avg_sq"):
+        assert {name: tuple(tensor.shape) for name, tensor in state[kind].items()} == shapes
+        assert all(tensor.dtype == torch.float32 for tensor in state[kind].values())
+    # After one step exp_avg = 0.1 g and exp_avg_sq = 0.05 g^2, whatever g is.
+    for name, moment in state["exp_avg"].items():
+        gradient = moment / 0.1
+        torch.testing.assert_close(state["exp_avg_sq"][name], 0.05 * gradient**2, rtol=1e-3, atol=1e-12, msg=name)
+
+
+def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(process_group):
+    config = make_config()
+    engine = Engine(make_model(config), config, process_group)
+    run_engine(engine, config, 1)
+    state, before = engine.state(), engine.state()
+    del state["exp_avg"]["blocks.1.ffn.experts.w_up"]
+    with pytest.raises(CheckpointError, match=r"exp_avg: missing \['blocks.1.ffn.experts.w_up'\]"):
+        engine.load_state(state, 1)
+    assert all(torch.equal(before["weights"][name], tensor) for name, tensor in engine.state()["weights"].items())
+
+
+def test_every_parameter_moves_after_a_step(process_group):
+    config = make_config(moe={"num_shared_experts": 1}, model={"qk_norm": True, "tie_embeddings": False})
+    engine = Engine(make_model(config), config, process_group)
+    run_engine(engine, config, 1)
+    initial = dict(make_model(config).named_parameters())
+    for name, weight in engine.state()["weights"].items():
+        assert not torch.equal(weight, initial[name]), name
+
+
+def test_bf16_keeps_the_router_in_fp32_arithmetic_and_an_fp32_master(process_group):
+    config = make_config(parallel={"precision": "bf16"})
+    engine = Engine(make_model(config), config, process_group)
+    assert engine.module.blocks[0].ffn.router.weight.dtype == torch.bfloat16
+    seen = []
+    engine.module.blocks[0].ffn.router.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    run_engine(engine, config, 2)
+    assert {out.router_logits.dtype for out in seen} == {torch.float32}
+    master = engine.state()["weights"]["blocks.0.ffn.router.weight"]
+    assert not torch.equal(master, master.bfloat16().float())
+
+
+def test_one_process_needs_no_launcher_compiler_or_mpi_and_deepspeed_keeps_quiet(tmp_path):
+    code = textwrap.dedent("""
+        import sys
+        sys.modules["mpi4py"] = None
+        import subprocess, torch.utils.cpp_extension as cpp
+        def refuse(*_, **__): raise AssertionError("tried to compile")
+        cpp.load = cpp.load_inline = refuse
+        from tests.test_engine import make_config, make_model, run_engine
+        from moe.engine import Engine, start, stop
+        config = make_config()
+        run_engine(Engine(make_model(config), config, start(config.parallel)), config, 2)
+        stop()
+    """)
+    environment = {"PATH": "", "HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    (tmp_path / "extensions" / "deepspeed_shm_comm").mkdir(parents=True)
+    (tmp_path / "extensions" / "deepspeed_shm_comm" / "lock").touch()  # what a killed compilation leaves behind
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr == ""

@@ -1,0 +1,319 @@
+"""Whole runs through train.py's main: what they leave behind, stopping, resuming, failing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from moe.engine import Engine
+from moe.generation import load_model
+from tests.conftest import read_lines
+
+ROOT = Path(__file__).parent.parent
+
+TRAIN_KEYS = {
+    "step", "tokens", "loss/lm", "loss/load_balancing", "loss/router_z", "optim/lr", "optim/grad_norm",
+    "perf/tokens_per_s", "perf/step_s", "perf/mfu", "moe/load_imbalance", "moe/dropped_fraction",
+    "moe/router_entropy", "moe/dead_experts",
+}  # fmt: skip
+SUMMARY_KEYS = {
+    "params_total", "params_active", "flops_per_token", "final_train_loss", "final_eval_loss",
+    "final_bits_per_byte", "tokens", "wall_s", "tokens_per_s",
+}  # fmt: skip
+
+
+def final_state(run):
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return {
+        f"{kind}/{name}": tensor.clone()  # not a map of a file that the test is about to damage
+        for kind in ("weights", "exp_avg", "exp_avg_sq")
+        for name, tensor in load_file(newest / f"{kind}.safetensors").items()
+    }
+
+
+def assert_same_run(run, other):
+    assert read_lines(run) == read_lines(other)
+    state, other_state = final_state(run), final_state(other)
+    assert state.keys() == other_state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, other_state[name]), name
+
+
+def test_a_run_leaves_the_files_of_the_contract(run_main):
+    code, run, out, _ = run_main()
+    assert code == 0
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml", "env.json", "metrics.jsonl", "summary.json", "loss.png", "sample.txt", "tokenizer.json", "checkpoints",
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss/lm" in line]
+    evaluations = [line for line in lines if "eval/loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert all(set(line) == TRAIN_KEYS for line in steps)
+    assert [line["step"] for line in evaluations] == [6, 12]
+    assert all({"step", "eval/loss", "eval/bits_per_byte"} <= set(line) for line in evaluations)
+    assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"] < 5.6
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary) == SUMMARY_KEYS
+    assert summary["tokens"] == 12 * 4 * 32
+    assert summary["final_eval_loss"] == evaluations[-1]["eval/loss"]
+    assert Image.open(run / "loss.png").size == (960, 600)
+    assert len((run / "sample.txt").read_text()) > 100
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
+    model, _, _ = load_model(run, torch.device("cpu"))
+    assert summary["params_total"] == sum(p.numel() for p in model.parameters())
+    environment = json.loads((run / "env.json").read_text())
+    assert {"git_sha", "git_dirty", "versions", "processor"} <= set(environment)
+    assert "parameters, active per token" in out
+
+
+def test_two_runs_are_bit_equal(run_main):
+    assert_same_run(run_main(folder="a")[1], run_main(folder="b")[1])
+
+
+def test_resuming_twice_in_a_row_is_bit_exact(run_main):
+    """The learning rates and the sample order of an interrupted run are those of the whole one."""
+    _, whole, _, _ = run_main(folder="whole")
+    real_step = Engine.step
+    for stop_after in (4, 8):
+
+        def step_then_interrupt(self, lr, stop_after=stop_after):
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls == 2 * (4 if stop_after == 8 else stop_after):  # two micro batches a step
+                signal.raise_signal(signal.SIGINT)
+            return real_step(self, lr)
+
+        Engine.step = step_then_interrupt
+        try:
+            code, run, out, _ = run_main(folder="interrupted")
+        finally:
+            Engine.step = real_step
+        assert code == 130
+        assert f"stopped and saved at step {stop_after} of 12" in out
+        assert not (run / "summary.json").exists()
+    code, run, out, _ = run_main(folder="interrupted")
+    assert code == 0
+    assert "resumed from" in out
+    assert_same_run(run, whole)
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(run_main):
+    _, run, _, _ = run_main()
+    whole = read_lines(run)
+    (run / "summary.json").unlink()
+    for path in (run / "checkpoints").glob("step-00000012*"):
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "loss/')  # a line that a killed run left unfinished
+    code, run, out, _ = run_main()
+    assert code == 0
+    assert "step-00000008" in out
+    assert read_lines(run) == whole
+
+
+def test_a_damaged_newest_checkpoint_is_replaced_by_the_one_before_with_a_warning(run_main):
+    _, run, _, _ = run_main()
+    whole = final_state(run)
+    (run / "summary.json").unlink()
+    weights = run / "checkpoints" / "step-00000012" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    code, run, out, err = run_main()
+    assert code == 0
+    assert "step-00000012 is damaged (weights.safetensors does not match its checksum)" in err
+    assert "resumed from" in out
+    assert (run / "checkpoints" / "damaged-step-00000012").exists()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in final_state(run).items())
+
+
+def test_a_finished_run_is_left_alone_and_can_be_prolonged(run_main):
+    _, run, _, _ = run_main()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    code, _, out, _ = run_main()
+    assert code == 0
+    assert "is finished (12 steps); raise train.steps" in out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    code, run, _, _ = run_main("train.steps=14")
+    assert code == 0
+    assert read_lines(run)[-1]["step"] == 14
+    assert run_main("train.steps=13")[0] == 2
+
+
+def test_what_a_resumed_run_may_change(run_main):
+    code, run, _, _ = run_main("train.steps=8")
+    code, run, _, _ = run_main(
+        "train.steps=12", "train.micro_batch_size=4", "parallel.zero_stage=2", "train.eval_interval=3",
+        "log.interval=2", "train.activation_checkpointing=true", "run.resume=must",
+    )  # fmt: skip
+    assert code == 0
+    assert read_lines(run)[-1]["step"] == 12
+
+
+def test_a_non_finite_loss_stops_the_run_and_reaches_no_checkpoint(run_main, monkeypatch):
+    real = train.F.cross_entropy
+    calls = []
+
+    def poisoned(*arguments, **keywords):
+        calls.append(1)
+        loss = real(*arguments, **keywords)
+        return loss * float("nan") if len(calls) == 2 * 6 + 1 else loss
+
+    monkeypatch.setattr(train.F, "cross_entropy", poisoned)
+    code, run, _, err = run_main("train.eval_interval=12")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "step 7: the loss is nan" in err
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    assert all(torch.isfinite(tensor).all() for tensor in final_state(run).values())
+    assert read_lines(run)[-1]["step"] == 6
+    monkeypatch.undo()
+    assert run_main("train.eval_interval=12")[0] == 0
+
+
+def test_a_non_finite_gradient_reaches_no_checkpoint_either(run_main, monkeypatch):
+    real = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self, lr: real(self, lr) * (float("inf") if self._deepspeed.global_steps == 8 else 1))
+    code, run, _, err = run_main()
+    assert code == 1
+    assert "step 8: the gradient norm is inf" in err
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize("changes", [["train.micro_batch_size=4"], ["train.micro_batch_size=1"], ["parallel.zero_stage=2"]], ids=str)
+def test_micro_batch_and_zero_stage_change_neither_samples_nor_losses(run_main, changes):
+    aux_off = ["moe.aux_loss_coef=0.0", "moe.z_loss_coef=0.0"]  # the balance loss is per forward by definition
+    _, run, _, _ = run_main(*aux_off, folder="a")
+    _, other, _, _ = run_main(*aux_off, *changes, folder="b")
+    for line, other_line in zip(read_lines(run), read_lines(other), strict=True):
+        for key in {"loss/lm", "eval/loss", "optim/grad_norm"} & line.keys():
+            assert line[key] == pytest.approx(other_line[key], rel=1e-4), (line["step"], key)
+
+
+def test_evaluation_is_pure_cross_entropy_and_leaves_training_untouched(run_main):
+    _, often, _, _ = run_main("train.eval_interval=1", folder="often")
+    _, rarely, _, _ = run_main("train.eval_interval=12", "train.eval_batches=2", folder="rarely")
+    train_lines = [[line for line in read_lines(run) if "loss/lm" in line] for run in (often, rarely)]
+    assert train_lines[0] == train_lines[1]
+    model, tokenizer, config = load_model(rarely, torch.device("cpu"))
+    # The same figure from the saved model, sample by sample, from the text's own bytes.
+    text = Path(config.data.source).read_text()
+    validation = text[text.rfind("\n", 0, len(text) - len(text) // 20) + 1 :]
+    ids = torch.tensor([*tokenizer.encode(validation).ids, tokenizer.token_to_id("<|endoftext|>")])
+    places = torch.linspace(0, (len(ids) - 1) // 32 - 1, 8, dtype=torch.float64).round().long()
+    losses = []
+    for place in places.tolist():
+        window = ids[place * 32 : place * 32 + 33]
+        log_probs = model(window[None, :-1]).logits[0].log_softmax(1)
+        losses += [-log_probs[i, token].item() for i, token in enumerate(window[1:].tolist())]
+    assert read_lines(rarely)[-1]["eval/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    expected_bits = sum(losses) / len(losses) / 0.6931471805599453 * len(ids) / len(validation.encode())
+    assert read_lines(rarely)[-1]["eval/bits_per_byte"] == pytest.approx(expected_bits, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["moe.num_experts=1", "moe.top_k=1"],
+        ["moe.capacity_factor=0.75"],
+        ["parallel.precision=bf16"],
+        ["model.tie_embeddings=false", "moe.first_dense_layers=1"],
+        ["moe.top_k=1", "moe.normalize_gate_weights=false"],
+    ],
+    ids=str,
+)
+def test_every_kind_of_model_trains(run_main, overrides):
+    code, run, _, _ = run_main(*overrides)
+    assert code == 0
+    lines = read_lines(run)
+    assert lines[-1]["eval/loss"] < 5.3
+    first = lines[0]
+    if "moe.num_experts=1" in overrides:
+        assert first["moe/load_imbalance"] is None
+        assert first["loss/load_balancing"] is None
+    else:
+        assert first["moe/load_imbalance"] >= 1
+        assert (first["moe/dropped_fraction"] > 0) == ("moe.capacity_factor=0.75" in overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_experts", [2, 4, 8, 16])
+def test_500_steps_stay_finite_with_no_dead_expert(run_main, num_experts):
+    code, run, _, _ = run_main(
+        f"moe.num_experts={num_experts}", "train.steps=500", "train.eval_interval=500", "moe.d_ff_expert=16",
+        "train.checkpoint_interval=500", "log.interval=50", "train.global_batch_size=16", "train.micro_batch_size=16",
+        "moe.num_shared_experts=0",
+    )  # fmt: skip
+    assert code == 0
+    lines = [line for line in read_lines(run) if "loss/lm" in line]
+    assert [line["moe/dead_experts"] for line in lines[-5:]] == [0] * 5
+    assert lines[-1]["loss/lm"] < 3.2
+
+
+def test_without_the_balance_loss_the_collapse_metric_fires(run_main):
+    """The router starts out collapsed on two experts; nothing pulls it back, and the metrics say so."""
+    from moe import transformer
+
+    real = transformer.init_weights
+
+    def collapsed(model, seed):
+        real(model, seed)
+        with torch.no_grad():
+            for block in model.blocks:
+                block.ffn_norm.weight[0] = 0.0
+                block.ffn.router.weight[2:] *= 1e-3
+                block.ffn.router.weight[:2] *= 1e-3
+                block.ffn_norm.weight.fill_(1.0)
+                block.ffn.router.weight[:2] += block.ffn.router.weight.abs().max()
+
+    train.init_weights = collapsed
+    try:
+        _, run, _, _ = run_main("moe.aux_loss_coef=0.0", "moe.z_loss_coef=0.0", "train.steps=2")
+    finally:
+        train.init_weights = real
+    line = read_lines(run)[0]
+    assert line["moe/load_imbalance"] > 1.2
+    assert line["loss/load_balancing"] > 1.0
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_real_process_saves_and_says_how_to_resume(small, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *small, f"run.dir={tmp_path / 'run'}", "train.steps=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped and saved at step" in out
+    assert "Traceback" not in err
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_from_its_last_checkpoint(small, tmp_path):
+    overrides = [*small, "train.steps=400", "train.eval_interval=400"]
+    command = [sys.executable, str(ROOT / "train.py"), *overrides, f"run.dir={tmp_path / 'killed'}"]
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "/400" in line and int(line.split()[1].split("/")[0]) % 100 > 25:
+                break
+        time.sleep(0.2)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    assert train.main([*overrides, f"run.dir={tmp_path / 'whole'}"]) == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
