@@ -21,7 +21,7 @@ from tqdm import tqdm
 from moe import accounting
 from moe.checkpoint import CheckpointError, save_checkpoint, set_aside_newer
 from moe.config import Config, ConfigError
-from moe.config_io import describe_keys, dump_config, load_config
+from moe.config_io import OneLineParser, describe_keys, dump_config, load_config
 from moe.data.tokens import num_samples, prepare_corpus, read_samples, sample_ids
 from moe.dispatch import LocalDispatcher
 from moe.engine import Engine, choose_device, start, stop, world_size
@@ -59,7 +59,9 @@ def train(config: Config) -> int:
     if checkpoint is not None and checkpoint.info["data_fingerprint"] != corpus.fingerprint:
         raise ConfigError("data.source", f"the text or its tokens changed since {checkpoint.path} was saved")
     if checkpoint is not None and checkpoint.step == config.train.steps and folder.summary.exists():
-        print(f"{folder.path} is finished ({checkpoint.step} steps); raise train.steps to go on, or set run.name")
+        print(
+            f"{folder.path} is finished ({checkpoint.step} steps); raise train.steps or set another run.name"
+        )
         return 0
 
     # 2. The model and the engine.
@@ -105,7 +107,7 @@ def train(config: Config) -> int:
         step_started = time.perf_counter()
         ids = sample_ids(config.run.seed, step, batch_size, train_samples, shuffle=not config.data.streaming)
         lr = learning_rate(step, steps, config.optim)
-        meter = StepMeter(world.device)
+        meter, grad_norm = StepMeter(world.device), 0.0
         for i in range(accumulation_steps):
             mine = (i * world.size + world.rank) * micro
             samples = read_samples(corpus.train, ids[mine : mine + micro], seq_len)
@@ -140,7 +142,10 @@ def train(config: Config) -> int:
                 | {"perf/tokens_per_s": tokens_per_s, "perf/step_s": step_s, "perf/mfu": mfu}
             )
             if bar.disable:
-                say(f"step {done}/{steps}: loss {metrics['loss/lm']:.4f}, {tokens_per_s:,.0f} tokens/s", flush=True)
+                say(
+                    f"step {done}/{steps}: loss {metrics['loss/lm']:.4f}, {tokens_per_s:,.0f} tokens/s",
+                    flush=True,
+                )
         if done % config.train.eval_interval == 0 or done == steps:
             evaluation = evaluate(engine, corpus, config)
             if log is not None:
@@ -168,25 +173,26 @@ def train(config: Config) -> int:
     if log is not None:
         log.close()
         summary = summarize(read_metrics(folder.metrics), ledger, time.perf_counter() - started)
-        title = f"{config.run.name}: {ledger.params_total / 1e6:.1f}M parameters, {ledger.params_active / 1e6:.1f}M active"
+        total, active = ledger.params_total / 1e6, ledger.params_active / 1e6
+        title = f"{config.run.name}: {total:.1f}M parameters, {active:.1f}M active"
         plot_losses(read_metrics(folder.metrics), title, folder.loss_plot)
         folder.sample.write_text(write_samples(engine.module, corpus, config, world.device), encoding="utf-8")
         folder.summary.write_text(json.dumps(summary, indent=1))
         say(json.dumps(summary, indent=1))
-        say(f"look at {folder.loss_plot}, {folder.sample}; python scripts/generate.py {folder.path} --prompt 'def '")
+        say(f"see {folder.loss_plot} and {folder.sample}; scripts/generate.py {folder.path} writes more")
     return 0
 
 
 def _check_finite(what: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise TrainingError(
-            f"step {step}: the {what} is {value}. Nothing of this step was saved; earlier checkpoints are sound. "
-            "Start a new run with a lower optim.lr or optim.grad_clip"
+            f"step {step}: the {what} is {value}; nothing of this step was saved, earlier checkpoints are "
+            "sound. Start a new run with a lower optim.lr or optim.grad_clip"
         )
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop at the end of the step; a second one stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop after the step; a second one stops at once."""
 
     def __init__(self) -> None:
         self.made = False
@@ -202,14 +208,16 @@ class StopRequest:
 
 def main(arguments: list[str]) -> int:
     """Parse the command line, train, and turn errors into exit codes."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="train.py",
         description="Train a sparse mixture-of-experts language model.",
         epilog="keys:\n" + describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("items", nargs="*", metavar="CONFIG | key=value", help="a YAML file, then overrides")
-    parser.add_argument("--print-config", action="store_true", help="print the complete configuration and exit")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the complete configuration and exit"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from DeepSpeed's launcher
     options = parser.parse_args(arguments)
     items: list[str] = options.items

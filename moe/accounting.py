@@ -1,8 +1,8 @@
 """What a sparse model is and costs, as integers from its configuration; no weights are allocated.
 
 Conventions: a matrix of n weights takes 2 n FLOPs per token forward and 4 n backward; embeddings are looked
-up for free; norms, softmax, rotary positions and the weighted sum over a token's experts are not counted, after
-Kaplan et al. 2020, table 1.
+up for free; norms, softmax, rotary positions and the weighted sum over a token's experts are not counted,
+after Kaplan et al. 2020, table 1.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,11 @@ def count(config: Config) -> Ledger:
     """Count parameters and FLOPs. `model.vocab_size` must be resolved."""
     model, moe = config.model, config.moe
     assert model.vocab_size is not None, "model.vocab_size must be resolved from the tokenizer"
-    d, heads_width, kv_width = model.d_model, model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    d, heads_width, kv_width = (
+        model.d_model,
+        model.n_heads * model.head_dim,
+        model.n_kv_heads * model.head_dim,
+    )
     n_moe_positions = len(moe_layers(model, moe))
     n_sparse = 0 if moe.is_dense else n_moe_positions
     expert = 3 * d * moe.d_ff_expert
@@ -77,7 +81,9 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, int]:
     attention = 4 * model.d_model + 2 * model.n_heads * model.head_dim + 2 * model.n_kv_heads * model.head_dim
     dense_block = 2 * model.d_model + 4 * model.d_ff
     sparse_block = moe.top_k * (3 * model.d_model + 4 * moe.d_ff_expert)
-    per_token = [attention + (sparse_block if layer < n_sparse else dense_block) for layer in range(model.n_layers)]
+    per_token = [
+        attention + (sparse_block if layer < n_sparse else dense_block) for layer in range(model.n_layers)
+    ]
     if config.train.activation_checkpointing:
         per_token = [model.n_layers * model.d_model, max(per_token)]
     assert model.vocab_size is not None

@@ -102,7 +102,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
-    """Rename checkpoints past `step`, which are damaged, so that the run's later ones can take their names."""
+    """Rename checkpoints past `step`, which are damaged, so that the run can write those steps again."""
     for newer_step, path in _list(folder):
         if newer_step > step:
             shutil.rmtree(folder / f"damaged-{path.name}", ignore_errors=True)
@@ -120,7 +120,9 @@ def check_names(expected: Mapping[str, Any], found: Mapping[str, Tensor], kind: 
         raise CheckpointError(f"{kind}: missing {missing[:3]}, unexpected {extra[:3]}")
     for name, tensor in found.items():
         if tuple(tensor.shape) != tuple(expected[name].shape):
-            raise CheckpointError(f"{kind}: {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+            raise CheckpointError(
+                f"{kind}: {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            )
 
 
 def _verify(path: Path, step: int) -> dict[str, Any]:

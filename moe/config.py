@@ -30,24 +30,27 @@ class _Section(BaseModel):
 class RunConfig(_Section):
     """Where a run lives and how it starts."""
 
-    name: str = Field("run", min_length=1, pattern=r"^[\w.-]+$", description="name of the run")
+    name: str = Field(default="run", min_length=1, pattern=r"^[\w.-]+$", description="name of the run")
     dir: str = Field(
         default_factory=lambda data: f"runs/{data['name']}",
         min_length=1,
         description="folder of the run; default runs/<name>",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the initial weights and of the sample order")
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="seed of the initial weights and of the sample order"
+    )
     resume: Literal["auto", "never", "must"] = Field(
-        "auto", description="auto: continue if there is a checkpoint; never: refuse a used folder; must: refuse a fresh one"
+        default="auto",
+        description="auto: continue if there is a checkpoint; never: refuse a used folder; must: a fresh one",
     )
 
 
 class ModelConfig(_Section):
     """The transformer around the experts."""
 
-    d_model: int = Field(128, gt=0, multiple_of=8, description="width of the residual stream")
-    n_layers: int = Field(4, gt=0, description="number of blocks")
-    n_heads: int = Field(4, gt=0, description="query heads")
+    d_model: int = Field(default=128, gt=0, multiple_of=8, description="width of the residual stream")
+    n_layers: int = Field(default=4, gt=0, description="number of blocks")
+    n_heads: int = Field(default=4, gt=0, description="query heads")
     n_kv_heads: int = Field(
         default_factory=lambda data: data["n_heads"],
         gt=0,
@@ -58,31 +61,39 @@ class ModelConfig(_Section):
         gt=0,
         description="width of one head, even; default d_model / n_heads",
     )
-    d_ff: int = Field(512, gt=0, multiple_of=8, description="hidden width of the dense SwiGLU blocks")
-    max_seq_len: int = Field(256, gt=0, description="longest context, in tokens")
-    rope_theta: float = Field(10_000.0, gt=1, description="base of the rotary frequencies")
-    tie_embeddings: bool = Field(True, description="share the input embedding with the output head")
-    qk_norm: bool = Field(False, description="RMSNorm of queries and keys, per head")
-    vocab_size: int | None = Field(None, gt=1, description="rows of the embedding; null: from the tokenizer")
+    d_ff: int = Field(default=512, gt=0, multiple_of=8, description="hidden width of the dense SwiGLU blocks")
+    max_seq_len: int = Field(default=256, gt=0, description="longest context, in tokens")
+    rope_theta: float = Field(default=10_000.0, gt=1, description="base of the rotary frequencies")
+    tie_embeddings: bool = Field(default=True, description="share the input embedding with the output head")
+    qk_norm: bool = Field(default=False, description="RMSNorm of queries and keys, per head")
+    vocab_size: int | None = Field(
+        default=None, gt=1, description="rows of the embedding; null: from the tokenizer"
+    )
 
 
 class MoEConfig(_Section):
     """The sparse feed-forward layers."""
 
-    num_experts: int = Field(8, gt=0, description="experts per MoE layer; 1 with top_k 1 is the dense model")
-    top_k: int = Field(2, gt=0, description="experts per token")
-    d_ff_expert: int = Field(512, gt=0, multiple_of=8, description="hidden width of one expert")
-    num_shared_experts: int = Field(0, ge=0, description="experts that see every token")
+    num_experts: int = Field(
+        default=8, gt=0, description="experts per MoE layer; 1 with top_k 1 is the dense model"
+    )
+    top_k: int = Field(default=2, gt=0, description="experts per token")
+    d_ff_expert: int = Field(default=512, gt=0, multiple_of=8, description="hidden width of one expert")
+    num_shared_experts: int = Field(default=0, ge=0, description="experts that see every token")
     capacity_factor: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="null: dropless; else each expert takes ceil(factor * T * K / E) assignments in training",
     )
-    normalize_gate_weights: bool = Field(True, description="rescale the K gate weights of a token to sum to 1")
-    aux_loss_coef: float = Field(0.01, ge=0, description="coefficient of the load-balancing loss")
-    z_loss_coef: float = Field(0.001, ge=0, description="coefficient of the router z-loss")
-    every_n_layers: int = Field(1, gt=0, description="every n-th layer after the first dense ones is sparse")
-    first_dense_layers: int = Field(0, ge=0, description="leading layers that stay dense")
+    normalize_gate_weights: bool = Field(
+        default=True, description="rescale the K gate weights of a token to sum to 1"
+    )
+    aux_loss_coef: float = Field(default=0.01, ge=0, description="coefficient of the load-balancing loss")
+    z_loss_coef: float = Field(default=0.001, ge=0, description="coefficient of the router z-loss")
+    every_n_layers: int = Field(
+        default=1, gt=0, description="every n-th layer after the first dense ones is sparse"
+    )
+    first_dense_layers: int = Field(default=0, ge=0, description="leading layers that stay dense")
 
     @property
     def is_dense(self) -> bool:
@@ -94,72 +105,95 @@ class DataConfig(_Section):
     """The corpus, the tokenizer and the length of a sample."""
 
     source: str = Field(
-        "stdlib", min_length=1, description="stdlib, a file, a folder, a glob, or a hub dataset name"
+        default="stdlib", min_length=1, description="stdlib, a file, a folder, a glob, or a hub dataset name"
     )
-    subset: str | None = Field(None, description="configuration of a hub dataset, such as wikitext-103-raw-v1")
-    text_field: str = Field("text", min_length=1, description="field that holds the text of a record")
+    subset: str | None = Field(
+        default=None, description="configuration of a hub dataset, such as wikitext-103-raw-v1"
+    )
+    text_field: str = Field(default="text", min_length=1, description="field that holds the text of a record")
     tokenizer: str = Field(
-        "bpe:4096", min_length=1, description="bpe:N (trained here), bytes, a tokenizer.json, or a hub name"
+        default="bpe:4096",
+        min_length=1,
+        description="bpe:N (trained here), bytes, a tokenizer.json, or a hub name",
     )
     end_token: str | None = Field(
-        None, description="token after each document; null: the well-known one that the tokenizer has"
+        default=None, description="token after each document; null: the well-known one that the tokenizer has"
     )
-    seq_len: int = Field(256, gt=0, description="tokens per sample")
+    seq_len: int = Field(default=256, gt=0, description="tokens per sample")
     streaming: bool = Field(
-        False, description="hub datasets: read only as many documents as the run needs, in the stream's order"
+        default=False,
+        description="hub datasets: read only as many documents as the run needs, in the stream's order",
     )
     cache_dir: str | None = Field(
-        None, description="folder of tokenized corpora; null: gatework in the user's cache folder"
+        default=None, description="folder of tokenized corpora; null: gatework in the user's cache folder"
     )
 
 
 class TrainConfig(_Section):
     """How long, how much at a time, and how often to look."""
 
-    steps: int = Field(300, gt=0, description="optimizer steps")
-    global_batch_size: int = Field(16, gt=0, description="sequences per optimizer step, over all ranks")
-    micro_batch_size: int = Field(16, gt=0, description="sequences per rank per forward; accumulation is derived")
-    eval_interval: int = Field(100, gt=0, description="steps between evaluations")
-    eval_batches: int = Field(8, gt=0, description="validation batches of global_batch_size per evaluation")
-    checkpoint_interval: int = Field(100, gt=0, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints that are kept")
-    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
-    compile: bool = Field(False, description="torch.compile each block; needs a C++ compiler on CPU")
+    steps: int = Field(default=300, gt=0, description="optimizer steps")
+    global_batch_size: int = Field(
+        default=16, gt=0, description="sequences per optimizer step, over all ranks"
+    )
+    micro_batch_size: int = Field(
+        default=16, gt=0, description="sequences per rank per forward; accumulation is derived"
+    )
+    eval_interval: int = Field(default=100, gt=0, description="steps between evaluations")
+    eval_batches: int = Field(
+        default=8, gt=0, description="validation batches of global_batch_size per evaluation"
+    )
+    checkpoint_interval: int = Field(default=100, gt=0, description="steps between checkpoints")
+    keep_checkpoints: int = Field(default=2, gt=0, description="newest checkpoints that are kept")
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute each block in the backward pass"
+    )
+    compile: bool = Field(default=False, description="torch.compile each block; needs a C++ compiler on CPU")
 
 
 class OptimConfig(_Section):
     """AdamW with linear warm-up and cosine decay."""
 
-    lr: float = Field(3e-3, gt=0, description="peak learning rate")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
-    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's decay rates of the two moments")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; norms are never decayed")
-    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    lr: float = Field(default=3e-3, gt=0, description="peak learning rate")
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="last learning rate over the peak")
+    warmup_steps: int = Field(default=20, ge=0, description="steps of linear warm-up")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="Adam's decay rates of the two moments"
+    )
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="decoupled decay of matrices; norms are never decayed"
+    )
+    grad_clip: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0: no clipping")
 
 
 class ParallelConfig(_Section):
     """Device, precision and how ranks share the work."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    ep_size: int = Field(1, gt=0, description="ranks that split the experts of a layer")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: cuda where there is one"
+    )
+    ep_size: int = Field(default=1, gt=0, description="ranks that split the experts of a layer")
     zero_stage: Literal[1, 2] = Field(
-        1,
+        default=1,
         description="ZeRO stage; under bf16, 2 accumulates micro batches in fp32 and 1 in bf16 "
         "(0 clips expert gradients wrongly, 3 does not take MoE layers)",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="precision of weights and activations; the router is always fp32"
+        default="fp32", description="precision of weights and activations; the router is always fp32"
     )
-    timeout_s: float = Field(600.0, gt=0, description="seconds after which a stuck collective ends the run")
+    timeout_s: float = Field(
+        default=600.0, gt=0, description="seconds after which a stuck collective ends the run"
+    )
 
 
 class LogConfig(_Section):
     """What is written down, and where."""
 
-    interval: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
-    wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="mirror of metrics.jsonl")
-    wandb_project: str = Field("gatework", min_length=1, description="Weights & Biases project")
+    interval: int = Field(default=10, gt=0, description="steps between lines of metrics.jsonl")
+    wandb: Literal["disabled", "offline", "online"] = Field(
+        default="disabled", description="mirror of metrics.jsonl"
+    )
+    wandb_project: str = Field(default="gatework", min_length=1, description="Weights & Biases project")
 
 
 class Config(_Section):
@@ -193,7 +227,7 @@ class Config(_Section):
         if self.data.seq_len > model.max_seq_len:
             raise _refuse(
                 "data.seq_len",
-                f"{self.data.seq_len} is longer than model.max_seq_len ({model.max_seq_len}); raise that or lower this",
+                f"{self.data.seq_len} is longer than model.max_seq_len ({model.max_seq_len}); raise that",
             )
         if moe.top_k > moe.num_experts:
             raise _refuse(
@@ -203,7 +237,7 @@ class Config(_Section):
         if moe.top_k == 1 and moe.num_experts > 1 and moe.normalize_gate_weights:
             raise _refuse(
                 "moe.normalize_gate_weights",
-                "with moe.top_k=1 every gate weight would be 1 and the router would not learn; set it to false",
+                "with moe.top_k=1 every gate weight would be 1 and the router never learn; set it to false",
             )
         if not moe.is_dense and not moe_layers(model, moe):
             raise _refuse(
@@ -214,7 +248,7 @@ class Config(_Section):
         if moe.num_experts % self.parallel.ep_size:
             raise _refuse(
                 "parallel.ep_size",
-                f"{self.parallel.ep_size} does not divide moe.num_experts ({moe.num_experts}); choose a divisor",
+                f"{self.parallel.ep_size} does not divide moe.num_experts ({moe.num_experts}); use a divisor",
             )
         if train.global_batch_size % train.micro_batch_size:
             raise _refuse(
@@ -257,7 +291,7 @@ class Config(_Section):
         if vocab_size < tokenizer_vocab_size:
             raise ConfigError(
                 "model.vocab_size",
-                f"{vocab_size} is less than the tokenizer's {tokenizer_vocab_size}; raise it or set it to null",
+                f"{vocab_size} is less than the tokenizer's {tokenizer_vocab_size}; raise it or use null",
             )
         model = self.model.model_copy(update={"vocab_size": vocab_size})
         data = self.data.model_copy(update={"end_token": end_token})

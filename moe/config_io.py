@@ -1,18 +1,27 @@
 """YAML files and `section.key=value` overrides to a `Config` and back, with one-line errors."""
 
+import argparse
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from moe.config import Config, ConfigError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like those of the configuration."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with 2."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -30,23 +39,27 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("CONFIG", f"cannot read {path} ({_reason(error)}); give a YAML file") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError("CONFIG", f"{path} is not valid YAML ({_first_line(error)}); mend it") from None
+        raise ConfigError("CONFIG", f"{path} is not valid YAML ({first_line(error)}); mend it") from None
     if not OmegaConf.is_dict(loaded):
         raise ConfigError("CONFIG", f"{path} holds no sections; it should read like configs/tiny.yaml")
     for item in overrides:
-        key, equals, _ = item.partition("=")
+        key, equals, text = item.partition("=")
         if not equals or not key:
             raise ConfigError(item, "is not section.key=value; see train.py --help")
         if "." not in key:
             raise ConfigError(key, f"names no section{_near_miss(key)}; overrides read section.key=value")
         try:
-            loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist([item]))
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(key, f"cannot be set to this value ({_first_line(error)})") from None
+            override = OmegaConf.from_dotlist([item])
+        except yaml.YAMLError:  # a glob such as *.txt is no YAML; it is the text that it looks like
+            override = OmegaConf.create()
+            OmegaConf.update(override, key, text)
+        except OmegaConfBaseException as error:
+            raise ConfigError(key, f"cannot be set to this value ({first_line(error)})") from None
+        loaded = OmegaConf.merge(loaded, override)
     try:
         values = OmegaConf.to_container(loaded, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError("CONFIG", f"{path}: {_first_line(error)}") from None
+        raise ConfigError("CONFIG", f"{path}: {first_line(error)}") from None
     return parse_config(values)
 
 
@@ -84,7 +97,8 @@ def describe_keys() -> str:
 
 def _fields() -> Iterator[tuple[str, FieldInfo]]:
     for name, section in Config.model_fields.items():
-        assert section.annotation is not None
+        assert isinstance(section.annotation, type)
+        assert issubclass(section.annotation, BaseModel)
         for key, field in section.annotation.model_fields.items():
             yield f"{name}.{key}", field
 
@@ -109,14 +123,15 @@ def _one_line(error: ValidationError) -> ConfigError:
 
 
 def _near_miss(key: str) -> str:
-    keys = [known for known, _ in _fields()]
+    keys = [*Config.model_fields, *(known for known, _ in _fields())]
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or [
         known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]
     ]
     return f", did you mean {near[0]}?" if near else ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

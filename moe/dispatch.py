@@ -52,7 +52,11 @@ class LocalDispatcher:
             for `combine`.
         """
         permutation = plan_permutation(expert_indices, num_experts, gate_weights, expert_capacity)
-        return permute(hidden, permutation), permutation.tokens_per_expert, DispatchMetadata(permutation, gate_weights)
+        return (
+            permute(hidden, permutation),
+            permutation.tokens_per_expert,
+            DispatchMetadata(permutation, gate_weights),
+        )
 
     def combine(self, expert_rows: Tensor, metadata: DispatchMetadata) -> Tensor:
         """Sum each token's expert outputs, weighted by its gate weights. A dropped assignment adds nothing.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from moe.checkpoint import CheckpointError, check_names
 from moe.config import Config, ConfigError, ParallelConfig
@@ -60,7 +61,7 @@ def start(parallel: ParallelConfig) -> World:
         torch.cuda.set_device(device)
     if "MASTER_PORT" not in os.environ and not torch.distributed.is_initialized():
         # No launcher: DeepSpeed would ask for mpi4py. A store in memory needs no free port either.
-        store = torch.distributed.HashStore()
+        store = HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
     import deepspeed
@@ -100,10 +101,11 @@ class Engine:
             betas=config.optim.betas,
             fused=True,  # on CPU it also keeps DeepSpeed from compiling its own Adam
         )
-        self._deepspeed, *_ = deepspeed.initialize(
+        wrapped, *_ = deepspeed.initialize(
             model=model.to(world.device), optimizer=optimizer, config=_deepspeed_config(config, world)
         )
-        self._zero = self._deepspeed.optimizer
+        self._deepspeed: Any = wrapped
+        self._zero: Any = wrapped.optimizer
         self.accumulation_steps = config.accumulation_steps(world.size)
 
     @property

@@ -34,7 +34,7 @@ def generate(
         prompt: (S,) int64, at least one token, on the model's device.
         max_new_tokens: how many to add at most.
         temperature: divides the logits; 0 takes the likeliest token.
-        top_p: samples among the likeliest tokens whose probabilities first reach this sum (Holtzman et al. 2020).
+        top_p: samples among the likeliest tokens that together reach this mass (Holtzman et al. 2020).
         seed: of this text alone; the global random state is untouched.
         max_context: the model sees this many last tokens.
         end_id: stop after this token.

@@ -27,7 +27,11 @@ def plot_losses(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
         tokens, losses = np.array(evaluated).T
         axes.plot(tokens / 1e6, losses, "o-", color="#1f4e9c", linewidth=2, markersize=5, label="validation")
         axes.annotate(
-            f"{losses[-1]:.3f}", (tokens[-1] / 1e6, losses[-1]), xytext=(0, 9), textcoords="offset points", ha="center"
+            f"{losses[-1]:.3f}",
+            (tokens[-1] / 1e6, losses[-1]),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
         )
     axes.set(title=title, xlabel="training tokens (millions)", ylabel="cross-entropy (nats per token)")
     axes.grid(alpha=0.3)

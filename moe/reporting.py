@@ -43,6 +43,7 @@ def write_samples(
 ) -> str:
     """Text from the model: one document from nothing, and the continuation of two validation texts."""
     end_id = corpus.tokenizer.token_to_id(corpus.end_token)
+    assert end_id is not None
     middle = len(corpus.validation) // 2
     prompts = [[end_id]] + [corpus.validation[i : i + _PROMPT_TOKENS].tolist() for i in (0, middle)]
     parts = []

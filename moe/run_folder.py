@@ -1,9 +1,9 @@
 """The folder of a run: whether it may be used, what it holds, and what a resumed run may change.
 
-    config.yaml  env.json  metrics.jsonl  summary.json  loss.png  sample.txt  tokenizer.json  checkpoints/
+config.yaml  env.json  metrics.jsonl  summary.json  loss.png  sample.txt  tokenizer.json  checkpoints/
 """
 
-import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,9 @@ def open_run(config: Config) -> tuple[RunFolder, Checkpoint | None, list[str]]:
     _check_usable(folder.path)
     used = folder.config.exists()
     if used and config.run.resume == "never":
-        raise ConfigError("run.resume", f"never, but {folder.path} already holds a run; choose another run.name")
+        raise ConfigError(
+            "run.resume", f"never, but {folder.path} already holds a run; choose another run.name"
+        )
     checkpoint, warnings = newest_checkpoint(folder.checkpoints)
     if checkpoint is None and has_checkpoint(folder.checkpoints):
         raise ConfigError(
@@ -119,14 +121,18 @@ def open_run(config: Config) -> tuple[RunFolder, Checkpoint | None, list[str]]:
 def _check_usable(path: Path) -> None:
     if path.is_dir():
         if any(path.iterdir()) and not (path / "config.yaml").exists():
-            raise ConfigError("run.dir", f"{path} holds files that are no run's; choose an empty or new folder")
+            raise ConfigError(
+                "run.dir", f"{path} holds files that are no run's; choose an empty or new folder"
+            )
     elif path.exists():
         raise ConfigError("run.dir", f"{path} is a file; choose a folder")
     parent = path.absolute()
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError("run.dir", f"{path} cannot be written ({parent} is no writable folder); choose another")
+    try:
+        tempfile.TemporaryDirectory(dir=parent).cleanup()  # asks the file system itself, whoever the user is
+    except OSError as error:
+        raise ConfigError("run.dir", f"{path} cannot be written ({error.strerror}); choose another") from None
 
 
 def _check_same_experiment(new: Config, saved: Config) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moe.config import Config, LogConfig
-from moe.config_io import flat_config
+from moe.config_io import first_line, flat_config
 from moe.layer import MoEAux
 
 _WANDB_PATIENCE_S = 30.0
@@ -153,8 +153,10 @@ class WandbMirror:
                 run.log({key: value for key, value in line.items() if value is not None}, step=line["step"])
             run.finish()
         except Exception as error:  # best effort by contract
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            print(f"W&B stopped ({reason}); training goes on, metrics.jsonl is complete", file=sys.stderr)
+            print(
+                f"W&B stopped ({first_line(error)}); training goes on, metrics.jsonl is complete",
+                file=sys.stderr,
+            )
 
 
 def describe_environment() -> dict[str, Any]:
@@ -177,7 +179,9 @@ def describe_environment() -> dict[str, Any]:
 
 def _git(root: Path, *command: str) -> str | None:
     try:
-        done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", *command], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -3,24 +3,26 @@
 python scripts/generate.py RUN --prompt "def " [--max-new-tokens N] [--temperature T] [--top-p P] [--seed S]
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
 from moe.config import ConfigError
+from moe.config_io import OneLineParser
 from moe.generation import generate, load_model
 
 
 def main(arguments: list[str]) -> int:
     """Parse the command line, generate, print."""
-    parser = argparse.ArgumentParser(prog="generate.py", description="Write text with a trained model.")
+    parser = OneLineParser(prog="generate.py", description="Write text with a trained model.")
     parser.add_argument("run", type=Path, help="a run folder, such as runs/tiny")
     parser.add_argument("--prompt", default="", help="text to continue; empty: a new document")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.95, help="sample among the likeliest tokens of this mass")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="sample among the likeliest tokens of this mass"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     try:

@@ -96,7 +96,8 @@ def test_count_equals_the_built_models_parameters_part_by_part(parts):
 @pytest.mark.parametrize("name", ["tiny", "tiny_dense"])
 def test_forward_flops_equal_those_that_torch_counts(name):
     config = load_config(
-        Path(__file__).parent.parent / "configs" / f"{name}.yaml", ["model.vocab_size=1024", "data.seq_len=64"]
+        Path(__file__).parent.parent / "configs" / f"{name}.yaml",
+        ["model.vocab_size=1024", "data.seq_len=64"],
     )
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         Transformer(config, LocalDispatcher(), "loop")(torch.randint(0, 1024, (2, 64)))
@@ -104,8 +105,12 @@ def test_forward_flops_equal_those_that_torch_counts(name):
     full = config.model.n_layers * config.model.d_model * 4 * 64
     causal = config.model.n_layers * config.model.d_model * 2 * 65
     measured = counter.get_total_flops() / (2 * 64)
-    router_bmm = 0 if config.moe.is_dense else config.model.n_layers * 2 * config.moe.top_k * config.model.d_model
-    assert measured - full + causal - router_bmm == pytest.approx(count(config).flops_per_token_forward, rel=1e-6)
+    router_bmm = (
+        0 if config.moe.is_dense else config.model.n_layers * 2 * config.moe.top_k * config.model.d_model
+    )
+    assert measured - full + causal - router_bmm == pytest.approx(
+        count(config).flops_per_token_forward, rel=1e-6
+    )
 
 
 def test_more_experts_add_parameters_but_only_the_routers_flops():
@@ -119,7 +124,11 @@ def test_more_experts_add_parameters_but_only_the_routers_flops():
 def test_memory_estimate_counts_the_states_of_adam():
     config = parse_config({"model": {"vocab_size": 100}})
     memory, params = estimate_memory(config, 1), count(config).params_total
-    assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (4 * params, 4 * params, 12 * params)
+    assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (
+        4 * params,
+        4 * params,
+        12 * params,
+    )
     assert estimate_memory(config, 4)["optimizer"] == 3 * params
     json.dumps(memory)
 

@@ -52,7 +52,9 @@ def test_the_config_needs_no_torch():
 
 def test_deepspeed_is_imported_by_the_engine_only():
     paths = [*MODULES.values(), ROOT / "train.py", *(ROOT / "scripts").glob("*.py")]
-    importers = [path.name for path in paths if any(name.split(".")[0] == "deepspeed" for name in imports_of(path))]
+    importers = [
+        path.name for path in paths if any(name.split(".")[0] == "deepspeed" for name in imports_of(path))
+    ]
     assert importers == ["engine.py"]
 
 

@@ -25,7 +25,9 @@ def plain_attention(layer, hidden, model):
     def rotate(x):  # pairs (i, i + width / 2) as complex numbers, times exp(i * position * theta^(-2i/width))
         half = width // 2
         numbers = torch.complex(x[..., :half], x[..., half:])
-        frequencies = torch.tensor([model.rope_theta ** (-2 * i / width) for i in range(half)], dtype=torch.float64)
+        frequencies = torch.tensor(
+            [model.rope_theta ** (-2 * i / width) for i in range(half)], dtype=torch.float64
+        )
         angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
         turned = numbers * torch.polar(torch.ones_like(angles), angles)[:, None]
         return torch.cat([turned.real, turned.imag], -1)
@@ -45,7 +47,12 @@ def plain_attention(layer, hidden, model):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"n_kv_heads": 4}, {"n_kv_heads": 2}, {"n_kv_heads": 1, "qk_norm": True}, {"head_dim": 16, "n_kv_heads": 2}],
+    [
+        {"n_kv_heads": 4},
+        {"n_kv_heads": 2},
+        {"n_kv_heads": 1, "qk_norm": True},
+        {"head_dim": 16, "n_kv_heads": 2},
+    ],
     ids=["multi-head", "grouped", "multi-query with qk-norm", "wide heads"],
 )
 def test_attention_equals_a_plain_implementation(settings):
@@ -62,7 +69,10 @@ def test_rotated_scores_depend_on_the_distance_only():
     query, key = torch.randn(8), torch.randn(8)
 
     def score(t, s):
-        turned = [apply_rotary(x.view(1, 1, 1, 8), (cos[p : p + 1], sin[p : p + 1])) for x, p in ((query, t), (key, s))]
+        turned = [
+            apply_rotary(x.view(1, 1, 1, 8), (cos[p : p + 1], sin[p : p + 1]))
+            for x, p in ((query, t), (key, s))
+        ]
         return (turned[0] * turned[1]).sum()
 
     torch.testing.assert_close(score(5, 2), score(37, 34), rtol=1e-4, atol=1e-4)

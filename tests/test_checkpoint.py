@@ -9,7 +9,10 @@ from moe.checkpoint import CheckpointError, check_names, newest_checkpoint, save
 
 def make_state(value):
     base = torch.arange(6, dtype=torch.float32) + value
-    kinds = {kind: {"a.weight": base.view(2, 3) * i, "b.weight": base[:2] * i} for i, kind in enumerate(("weights", "exp_avg", "exp_avg_sq"), 1)}
+    kinds = {
+        kind: {"a.weight": base.view(2, 3) * i, "b.weight": base[:2] * i}
+        for i, kind in enumerate(("weights", "exp_avg", "exp_avg_sq"), 1)
+    }
     return {**kinds, "rng": {"cpu": torch.get_rng_state()}}
 
 

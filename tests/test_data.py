@@ -13,7 +13,9 @@ from moe.data.tokens import num_samples, prepare_corpus, read_samples, sample_id
 
 def make_config(cache_dir, **data):
     settings = {"tokenizer": "bytes", "seq_len": 16, "cache_dir": str(cache_dir)} | data
-    return parse_config({"data": settings, "train": {"global_batch_size": 2, "micro_batch_size": 1, "steps": 20}})
+    return parse_config(
+        {"data": settings, "train": {"global_batch_size": 2, "micro_batch_size": 1, "steps": 20}}
+    )
 
 
 def decode(prepared, split):
@@ -29,7 +31,11 @@ def test_stdlib_holds_code_and_prose_split_by_file_without_overlap():
     assert 0.02 < share < 0.10
     assert {document.domain for document in documents} == {"code", "prose"}
     assert any("def dataclass(" in text for text in train | validation)
-    assert any("for_stmt" in text and document.domain == "prose" for document in documents for text in [document.text])
+    assert any(
+        "for_stmt" in text and document.domain == "prose"
+        for document in documents
+        for text in [document.text]
+    )
 
 
 def test_a_file_never_changes_sides_when_others_are_added():
@@ -44,7 +50,7 @@ def test_a_file_never_changes_sides_when_others_are_added():
 def test_records_of_every_local_format_become_the_same_tokens(tmp_path, suffix):
     import datasets
 
-    texts = [f"record {i}, with a comma and a \"quote\"\nand a second line" for i in range(60)]
+    texts = [f'record {i}, with a comma and a "quote"\nand a second line' for i in range(60)]
     table = datasets.Dataset.from_dict({"id": list(range(60)), "body": texts})
     path = tmp_path / f"data.{suffix}"
     writer = {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[suffix]
@@ -91,7 +97,9 @@ def test_a_hub_dataset_is_read_by_name_with_its_own_validation_split(monkeypatch
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: ["train", "validation"])
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda path, split, streaming, **_: real_load(str(folder), split=split, streaming=streaming)
+        datasets,
+        "load_dataset",
+        lambda path, split, streaming, **_: real_load(str(folder), split=split, streaming=streaming),
     )
     documents = list(open_corpus(make_config(tmp_path, source="someone/poems").data).read())
     assert sum(document.split == "validation" for document in documents) == 5
@@ -105,7 +113,9 @@ def test_a_stream_reads_only_what_the_run_needs_and_a_longer_run_keeps_the_prefi
     settings = {"source": str(path), "streaming": True}
     short = prepare_corpus(make_config(tmp_path / "c", **settings))
     config = make_config(tmp_path / "c", **settings)
-    longer = prepare_corpus(config.model_copy(update={"train": config.train.model_copy(update={"steps": 60})}))
+    longer = prepare_corpus(
+        config.model_copy(update={"train": config.train.model_copy(update={"steps": 60})})
+    )
     assert 20 * 2 * 16 < len(short.train) < 20 * 2 * 16 + 1000
     assert np.array_equal(longer.train[: len(short.train)], short.train)
     assert len(longer.train) > 60 * 2 * 16

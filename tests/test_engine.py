@@ -152,7 +152,9 @@ def test_state_is_under_parameter_names_in_fp32_and_moments_are_those_of_adam(pr
     # After one step exp_avg = 0.1 g and exp_avg_sq = 0.05 g^2, whatever g is.
     for name, moment in state["exp_avg"].items():
         gradient = moment / 0.1
-        torch.testing.assert_close(state["exp_avg_sq"][name], 0.05 * gradient**2, rtol=1e-3, atol=1e-12, msg=name)
+        torch.testing.assert_close(
+            state["exp_avg_sq"][name], 0.05 * gradient**2, rtol=1e-3, atol=1e-12, msg=name
+        )
 
 
 def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(process_group):
@@ -163,7 +165,9 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(proces
     del state["exp_avg"]["blocks.1.ffn.experts.w_up"]
     with pytest.raises(CheckpointError, match=r"exp_avg: missing \['blocks.1.ffn.experts.w_up'\]"):
         engine.load_state(state, 1)
-    assert all(torch.equal(before["weights"][name], tensor) for name, tensor in engine.state()["weights"].items())
+    assert all(
+        torch.equal(before["weights"][name], tensor) for name, tensor in engine.state()["weights"].items()
+    )
 
 
 def test_every_parameter_moves_after_a_step(process_group):
@@ -202,8 +206,12 @@ def test_one_process_needs_no_launcher_compiler_or_mpi_and_deepspeed_keeps_quiet
     """)
     environment = {"PATH": "", "HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
     (tmp_path / "extensions" / "deepspeed_shm_comm").mkdir(parents=True)
-    (tmp_path / "extensions" / "deepspeed_shm_comm" / "lock").touch()  # what a killed compilation leaves behind
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=90)
+    (
+        tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    ).touch()  # what a killed compilation leaves behind
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=90
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr == ""

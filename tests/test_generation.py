@@ -42,7 +42,9 @@ def test_a_context_longer_than_the_model_is_cut_from_the_left():
     assert torch.equal(generate(model, prompt, **(ARGUMENTS | {"max_context": 16}))[40:], cut[16:])
 
 
-@pytest.mark.parametrize(("top_p", "allowed"), [(0.3, {2}), (0.5, {2}), (0.6, {2, 0}), (0.95, {2, 0, 1}), (1.0, {0, 1, 2, 3})])
+@pytest.mark.parametrize(
+    ("top_p", "allowed"), [(0.3, {2}), (0.5, {2}), (0.6, {2, 0}), (0.95, {2, 0, 1}), (1.0, {0, 1, 2, 3})]
+)
 def test_top_p_keeps_the_smallest_set_that_reaches_the_mass(top_p, allowed):
     logits = torch.tensor([0.3, 0.15, 0.5, 0.05]).log()
     generator = torch.Generator().manual_seed(0)

@@ -42,16 +42,22 @@ def naive_moe(layer, hidden, capacity_factor=None, top_k=2, normalize=True):
         choices = [entry for entries in by_expert.values() for entry in entries[:capacity]]
     out = [torch.zeros_like(x) for x in flat]
     for gate, _, t, e in choices:
-        up = torch.nn.functional.silu(flat[t] @ weights["experts.w_gate"][e]) * (flat[t] @ weights["experts.w_up"][e])
+        up = torch.nn.functional.silu(flat[t] @ weights["experts.w_gate"][e]) * (
+            flat[t] @ weights["experts.w_up"][e]
+        )
         out[t] = out[t] + gate * (up @ weights["experts.w_down"][e])
     if "shared_experts.w_up" in weights:
         for t, x in enumerate(flat):
             gated = torch.nn.functional.silu(x @ weights["shared_experts.w_gate"])
-            out[t] = out[t] + (gated * (x @ weights["shared_experts.w_up"])) @ weights["shared_experts.w_down"]
+            out[t] = (
+                out[t] + (gated * (x @ weights["shared_experts.w_up"])) @ weights["shared_experts.w_down"]
+            )
     return torch.stack(out).reshape(hidden.shape)
 
 
-@pytest.mark.parametrize(("path", "dtype"), [("loop", torch.float64), ("loop", torch.float32), ("grouped_mm", torch.float32)])
+@pytest.mark.parametrize(
+    ("path", "dtype"), [("loop", torch.float64), ("loop", torch.float32), ("grouped_mm", torch.float32)]
+)
 @pytest.mark.parametrize("capacity_factor", [None, 0.5, 1.0])
 @pytest.mark.parametrize(
     "routing",
@@ -71,13 +77,17 @@ def test_layer_equals_a_per_token_loop_for_output_and_every_gradient(path, dtype
     inputs = {"hidden": hidden, **dict(layer.named_parameters())}
 
     fast, _ = layer(hidden)
-    naive = naive_moe(layer, hidden, capacity_factor, routing["top_k"], routing.get("normalize_gate_weights", True))
+    naive = naive_moe(
+        layer, hidden, capacity_factor, routing["top_k"], routing.get("normalize_gate_weights", True)
+    )
     torch.testing.assert_close(fast, naive, **TOLERANCE[dtype])
     fast_grads = torch.autograd.grad(fast, list(inputs.values()), upstream)
     naive_grads = torch.autograd.grad(naive, list(inputs.values()), upstream, allow_unused=True)
     for name, got, expected in zip(inputs, fast_grads, naive_grads, strict=True):
         expected = torch.zeros_like(got) if expected is None else expected
-        torch.testing.assert_close(got, expected, **TOLERANCE[dtype], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got, expected, **TOLERANCE[dtype], msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 0.7])
@@ -117,7 +127,10 @@ def test_permuting_the_experts_changes_nothing():
 
 @pytest.mark.parametrize("capacity_factor", [None, 0.25, 0.9, 4.0])
 def test_kept_plus_dropped_is_every_assignment(capacity_factor):
-    layer, hidden = make_layer(capacity_factor=capacity_factor), torch.randn(3, 7, D_MODEL, dtype=torch.float64)
+    layer, hidden = (
+        make_layer(capacity_factor=capacity_factor),
+        torch.randn(3, 7, D_MODEL, dtype=torch.float64),
+    )
     _, aux = layer(hidden)
     assert int(aux.tokens_per_expert.sum()) == 3 * 7 * 2
     if capacity_factor is None:

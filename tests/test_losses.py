@@ -16,7 +16,7 @@ def test_balance_loss_is_one_at_uniform_routing_for_every_k(top_k):
 
 
 @pytest.mark.parametrize("num_experts", [2, 8, 64])
-def test_balance_loss_is_E_when_one_expert_gets_everything(num_experts):
+def test_balance_loss_is_the_number_of_experts_when_one_expert_gets_everything(num_experts):
     probs = torch.zeros(10, num_experts)
     probs[:, 3 % num_experts] = 1
     assert load_balancing_loss(probs, torch.full((10, 1), 3 % num_experts)).item() == num_experts
@@ -54,7 +54,8 @@ def test_appending_padding_changes_neither_loss():
     both_indices = both.topk(2, dim=1).indices
     valid = torch.arange(12) < 7
     torch.testing.assert_close(
-        load_balancing_loss(both.softmax(1), both_indices, valid), load_balancing_loss(logits.softmax(1), indices)
+        load_balancing_loss(both.softmax(1), both_indices, valid),
+        load_balancing_loss(logits.softmax(1), indices),
     )
     torch.testing.assert_close(router_z_loss(both, valid), router_z_loss(logits))
 
@@ -72,6 +73,6 @@ def test_counts_include_experts_without_tokens():
     assert count_assignments(torch.tensor([[0, 3], [3, 5]]), 6).tolist() == [1, 0, 0, 2, 0, 1]
 
 
-def test_entropy_is_log_E_when_undecided_and_zero_when_certain():
+def test_entropy_is_the_log_of_the_experts_when_undecided_and_zero_when_certain():
     assert router_entropy(torch.full((3, 8), 1 / 8)).item() == pytest.approx(math.log(8), rel=1e-6)
     assert router_entropy(torch.eye(8)).item() == 0

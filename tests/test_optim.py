@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -27,7 +28,7 @@ def test_schedule_of_hand_worked_points():
     assert rates[4] == 1.0
     assert rates[9] == pytest.approx(0.1 + 0.9 * 0.5)  # half way from step 4 to step 14
     assert rates[14] == pytest.approx(0.1)
-    assert all(later < earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
 
 
 def test_schedule_without_warm_up_and_of_one_step():

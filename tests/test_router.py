@@ -20,7 +20,9 @@ def test_hand_written_logits_give_hand_worked_gates():
     assert out.expert_indices.tolist() == [[0, 2]]
     torch.testing.assert_close(out.gate_weights, torch.tensor([[4 / 6, 2 / 6]]))
     router.normalize_gate_weights = False
-    torch.testing.assert_close(router(torch.tensor([[4.0, 1.0, 2.0]]).log()).gate_weights, torch.tensor([[4 / 7, 2 / 7]]))
+    torch.testing.assert_close(
+        router(torch.tensor([[4.0, 1.0, 2.0]]).log()).gate_weights, torch.tensor([[4 / 7, 2 / 7]])
+    )
 
 
 @pytest.mark.parametrize("top_k", [2, 3, 4])

@@ -122,7 +122,9 @@ def test_wandb_gets_every_line_under_its_step(run_main, monkeypatch):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert module.arguments["project"] == "mine"
     assert module.arguments["config"]["moe.num_experts"] == 4
-    assert module.logged == [(line["step"], {k: v for k, v in line.items() if v is not None}) for line in lines]
+    assert module.logged == [
+        (line["step"], {k: v for k, v in line.items() if v is not None}) for line in lines
+    ]
 
 
 @pytest.mark.slow
@@ -135,6 +137,9 @@ def test_the_real_wandb_writes_an_offline_run(run_main):
 
 def test_the_environment_names_what_produced_the_run():
     environment = describe_environment()
-    assert environment["versions"]["torch"] == torch.__version__.split("+")[0] or environment["versions"]["torch"] == torch.__version__
+    assert (
+        environment["versions"]["torch"] == torch.__version__.split("+")[0]
+        or environment["versions"]["torch"] == torch.__version__
+    )
     assert environment["processor"]
     json.dumps(environment)

@@ -52,7 +52,8 @@ def test_a_run_leaves_the_files_of_the_contract(run_main):
     code, run, out, _ = run_main()
     assert code == 0
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "env.json", "metrics.jsonl", "summary.json", "loss.png", "sample.txt", "tokenizer.json", "checkpoints",
+        "config.yaml", "env.json", "metrics.jsonl", "summary.json", "loss.png", "sample.txt",
+        "tokenizer.json", "checkpoints",
     }  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss/lm" in line]
@@ -68,7 +69,10 @@ def test_a_run_leaves_the_files_of_the_contract(run_main):
     assert summary["final_eval_loss"] == evaluations[-1]["eval/loss"]
     assert Image.open(run / "loss.png").size == (960, 600)
     assert len((run / "sample.txt").read_text()) > 100
-    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+        "step-00000008",
+        "step-00000012",
+    ]
     model, _, _ = load_model(run, torch.device("cpu"))
     assert summary["params_total"] == sum(p.numel() for p in model.parameters())
     environment = json.loads((run / "env.json").read_text())
@@ -182,16 +186,27 @@ def test_a_non_finite_loss_stops_the_run_and_reaches_no_checkpoint(run_main, mon
 
 def test_a_non_finite_gradient_reaches_no_checkpoint_either(run_main, monkeypatch):
     real = Engine.step
-    monkeypatch.setattr(Engine, "step", lambda self, lr: real(self, lr) * (float("inf") if self._deepspeed.global_steps == 8 else 1))
+    monkeypatch.setattr(
+        Engine,
+        "step",
+        lambda self, lr: real(self, lr) * (float("inf") if self._deepspeed.global_steps == 8 else 1),
+    )
     code, run, _, err = run_main()
     assert code == 1
     assert "step 8: the gradient norm is inf" in err
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
 
 
-@pytest.mark.parametrize("changes", [["train.micro_batch_size=4"], ["train.micro_batch_size=1"], ["parallel.zero_stage=2"]], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [["train.micro_batch_size=4"], ["train.micro_batch_size=1"], ["parallel.zero_stage=2"]],
+    ids=str,
+)
 def test_micro_batch_and_zero_stage_change_neither_samples_nor_losses(run_main, changes):
-    aux_off = ["moe.aux_loss_coef=0.0", "moe.z_loss_coef=0.0"]  # the balance loss is per forward by definition
+    aux_off = [
+        "moe.aux_loss_coef=0.0",
+        "moe.z_loss_coef=0.0",
+    ]  # the balance loss is per forward by definition
     _, run, _, _ = run_main(*aux_off, folder="a")
     _, other, _, _ = run_main(*aux_off, *changes, folder="b")
     for line, other_line in zip(read_lines(run), read_lines(other), strict=True):
@@ -250,7 +265,8 @@ def test_every_kind_of_model_trains(run_main, overrides):
 def test_500_steps_stay_finite_with_no_dead_expert(run_main, num_experts):
     code, run, _, _ = run_main(
         f"moe.num_experts={num_experts}", "train.steps=500", "train.eval_interval=500", "moe.d_ff_expert=16",
-        "train.checkpoint_interval=500", "log.interval=50", "train.global_batch_size=16", "train.micro_batch_size=16",
+        "train.checkpoint_interval=500", "log.interval=50", "train.global_batch_size=16",
+        "train.micro_batch_size=16", "optim.warmup_steps=50",
         "moe.num_shared_experts=0",
     )  # fmt: skip
     assert code == 0
@@ -287,7 +303,13 @@ def test_without_the_balance_loss_the_collapse_metric_fires(run_main):
 
 @pytest.mark.slow
 def test_ctrl_c_on_a_real_process_saves_and_says_how_to_resume(small, tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), *small, f"run.dir={tmp_path / 'run'}", "train.steps=100000"]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *small,
+        f"run.dir={tmp_path / 'run'}",
+        "train.steps=100000",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:

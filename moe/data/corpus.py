@@ -6,6 +6,7 @@ moves between the splits when others are added.
 
 import glob
 import hashlib
+import logging
 import os
 import pydoc_data.topics
 import sysconfig
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from moe.config import ConfigError, DataConfig
+from moe.config_io import first_line
 
 Split = Literal["train", "validation"]
 VALIDATION_SHARE = 20  # one document in this many
@@ -67,7 +69,8 @@ def _stdlib() -> Corpus:
     ]
     texts = [(str(path.relative_to(root)), _python_source(path), "code") for path in files]
     texts += [
-        (f"pydoc_data/topics/{name}", text, "prose") for name, text in sorted(pydoc_data.topics.topics.items())
+        (f"pydoc_data/topics/{name}", text, "prose")
+        for name, text in sorted(pydoc_data.topics.topics.items())
     ]
     documents, seen = [], set()
     for name, text, domain in texts:
@@ -105,7 +108,9 @@ def _local_paths(source: str) -> list[Path] | None:
 def _local(data: DataConfig, paths: list[Path]) -> Corpus:
     readers = {_READERS.get(path.suffix, "text") for path in paths}
     if len(readers) > 1:
-        raise ConfigError("data.source", f"{data.source} mixes file types ({', '.join(sorted(readers))}); give one")
+        raise ConfigError(
+            "data.source", f"{data.source} mixes file types ({', '.join(sorted(readers))}); give one"
+        )
     try:
         fingerprint = _fingerprint(*(_file_hash(path) for path in paths))
     except OSError as error:
@@ -121,7 +126,9 @@ def _text_files(data: DataConfig, paths: list[Path]) -> Iterator[Document]:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise ConfigError("data.source", f"{path} is not UTF-8 text; convert it or leave it out") from None
+            raise ConfigError(
+                "data.source", f"{path} is not UTF-8 text; convert it or leave it out"
+            ) from None
         if "\0" in text:
             raise ConfigError("data.source", f"{path} is a binary file; give text, JSON, CSV or Parquet")
         if len(paths) >= FEW_FILES:
@@ -137,12 +144,14 @@ def _records(data: DataConfig, source: str, split: str = "train", /, **arguments
     import datasets  # 1.5 s, and the default source does not need it
 
     datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # its errors reach the user through ours
     try:
         rows = datasets.load_dataset(source, split=split, streaming=True, **arguments)
         for row in rows:
             if data.text_field not in row:
                 raise ConfigError(
-                    "data.text_field", f"no field {data.text_field!r}; the records have {', '.join(sorted(row))}"
+                    "data.text_field",
+                    f"no field {data.text_field!r}; the records have {', '.join(sorted(row))}",
                 )
             text = row[data.text_field]
             if not isinstance(text, str):
@@ -151,23 +160,23 @@ def _records(data: DataConfig, source: str, split: str = "train", /, **arguments
     except ConfigError:
         raise
     except Exception as error:  # datasets raises whatever its readers raise
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError("data.source", f"cannot be read as {source}: {detail[:200]}") from None
+        raise ConfigError("data.source", f"cannot be read as {source}: {first_line(error)[:200]}") from None
 
 
 def _hub(data: DataConfig) -> Corpus:
     import datasets
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import logging as hub_logging
 
+    hub_logging.set_verbosity(logging.CRITICAL)
     try:
         revision = HfApi().dataset_info(data.source, timeout=20).sha
         splits = datasets.get_dataset_split_names(data.source, data.subset, revision=revision)
     except Exception as error:  # the hub client's errors differ from version to version
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             "data.source",
             f"{data.source!r} is no file here, and the hub has no answer for it ({type(error).__name__}: "
-            f"{detail[:120]}); check the name, data.subset and the network",
+            f"{first_line(error)[:120]}); check the name, data.subset and the network",
         ) from None
 
     def read() -> Iterator[Document]:

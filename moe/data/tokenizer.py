@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from huggingface_hub import HfApi, try_to_load_from_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moe.config import ConfigError
+from moe.config_io import first_line
 
 END_TOKEN = "<|endoftext|>"
 _KNOWN_END_TOKENS = (END_TOKEN, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")
@@ -38,13 +40,17 @@ def load_tokenizer(spec: str, training_texts: Iterable[str]) -> Tokenizer:
         path = path / "tokenizer.json"
     if path.is_file() or path.suffix == ".json":
         return read_tokenizer(path, "data.tokenizer")
+    cached = try_to_load_from_cache(spec, "tokenizer.json") if spec.count("/") == 1 else None
+    if isinstance(cached, str):
+        return read_tokenizer(Path(cached), "data.tokenizer")
     try:
+        HfApi().model_info(spec, timeout=20)  # answers at once, where the download would retry for 23 s
         return Tokenizer.from_pretrained(spec)
     except Exception as error:  # the hub client's errors differ from version to version
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             "data.tokenizer",
-            f"{spec!r} is neither bpe:N, bytes nor a file here, and the hub has no answer ({detail[:120]})",
+            f"{spec!r} is neither bpe:N, bytes nor a file here, and the hub has no answer "
+            f"({first_line(error)[:120]}); check the name and the network",
         ) from None
 
 
@@ -57,7 +63,7 @@ def read_tokenizer(path: Path, key: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises bare Exception on bad files
-        raise ConfigError(key, f"cannot read tokenizer {path} ({str(error)[:120]})") from None
+        raise ConfigError(key, f"cannot read tokenizer {path} ({first_line(error)[:120]})") from None
 
 
 def end_token(tokenizer: Tokenizer, named: str | None) -> str:
@@ -70,7 +76,9 @@ def end_token(tokenizer: Tokenizer, named: str | None) -> str:
     for token in candidates:
         if tokenizer.token_to_id(token) is not None:
             return token
-    raise ConfigError("data.end_token", f"the tokenizer has no token {' or '.join(candidates)}; name the one it has")
+    raise ConfigError(
+        "data.end_token", f"the tokenizer has no token {' or '.join(candidates)}; name the one it has"
+    )
 
 
 def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:

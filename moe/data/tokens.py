@@ -162,9 +162,10 @@ def _build(config: Config, corpus: Corpus, folder: Path) -> None:
         training_texts = (document.text for document in corpus.read() if document.split == "train")
         tokenizer = load_tokenizer(config.data.tokenizer, training_texts)
         token = end_token(tokenizer, config.data.end_token)
+        config.resolve(tokenizer.get_vocab_size(), token)  # refuses a vocabulary that does not fit
         tokenizer.save(str(scratch / "tokenizer.json"))
-        meta: dict[str, Any] = {"end_token": token}
-        meta |= _write_tokens(corpus.read(), tokenizer, token, _token_limits(config), scratch)
+        counts = _write_tokens(corpus.read(), tokenizer, token, _token_limits(config), scratch)
+        meta = {"end_token": token, **counts}
         _check_enough(config, meta)
         (scratch / "meta.json").write_text(json.dumps(meta))
         try:
@@ -187,7 +188,7 @@ def _write_tokens(
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     end_id = tokenizer.token_to_id(end)
     tokenizer.encode_special_tokens = True  # a document that spells out the end token does not end there
-    counts = {split: {"tokens": 0, "bytes": 0} for split in _SPLITS}
+    counts: dict[Split, dict[str, int]] = {split: {"tokens": 0, "bytes": 0} for split in _SPLITS}
     starts: dict[Split, list[tuple[int, int]]] = {split: [] for split in _SPLITS}
     domains: list[str] = []
     files = {split: (scratch / f"{split}.bin").open("wb") for split in _SPLITS}
@@ -199,8 +200,10 @@ def _write_tokens(
     progress = tqdm(desc="tokenizing", unit=" documents", disable=None, leave=False)
     for batch in iter(lambda: list(islice(documents, 256)), []):
         progress.update(len(batch))
-        wanted = [document for document in batch if not full(document.split)]
-        encodings = tokenizer.encode_batch_fast([document.text for document in wanted], add_special_tokens=False)
+        wanted = [document for document in batch if document.text.strip() and not full(document.split)]
+        encodings = tokenizer.encode_batch_fast(
+            [document.text for document in wanted], add_special_tokens=False
+        )
         for document, encoding in zip(wanted, encodings, strict=True):
             if full(document.split):
                 continue
@@ -216,10 +219,10 @@ def _write_tokens(
             break
     progress.close()
 
-    for split, file in files.items():
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
+    for split in _SPLITS:
+        files[split].flush()
+        os.fsync(files[split].fileno())
+        files[split].close()
         np.save(scratch / f"{split}.documents.npy", np.array(starts[split], dtype=np.int64).reshape(-1, 2))
     return {split: {**counts[split], "dtype": np.dtype(dtype).name, "domains": domains} for split in _SPLITS}
 

@@ -39,7 +39,7 @@ def grouped_mm(rows: Tensor, weights: Tensor, tokens_per_expert: Tensor) -> Tens
 
 
 # torch 2.13's compiler takes the operator in bf16 only; in fp32 torch.compile steps around it.
-_uncompiled_grouped_mm = torch.compiler.disable(F.grouped_mm)
+_uncompiled_grouped_mm: Any = torch.compiler.disable(F.grouped_mm)
 
 
 def grouped_mm_reference(rows: Tensor, weights: Tensor, tokens_per_expert: Tensor) -> Tensor:

@@ -1,0 +1,61 @@
+"""Compare two sets of finished runs, paired by seed.
+
+python scripts/compare.py --runs runs/tiny-* --against runs/tiny_dense-*
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from moe.config import ConfigError
+from moe.config_io import OneLineParser, load_config
+from moe.run_folder import RunFolder
+
+
+def main(arguments: list[str]) -> int:
+    """Parse the command line, print the table."""
+    parser = OneLineParser(prog="compare.py", description="Compare two sets of finished runs, paired by seed.")
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="run folders, one per seed")
+    parser.add_argument("--against", type=Path, nargs="+", required=True, help="the baselines, same seeds")
+    options = parser.parse_args(arguments)
+    try:
+        runs, baselines = by_seed("--runs", options.runs), by_seed("--against", options.against)
+        if runs.keys() != baselines.keys():
+            seeds = f"{sorted(runs)} against {sorted(baselines)}"
+            raise ConfigError("--against", f"the seeds differ ({seeds}); give one run per seed on both sides")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    differences = []
+    print("seed   runs: bits/byte    against: bits/byte    difference")
+    for seed in sorted(runs):
+        ours, theirs = runs[seed]["final_bits_per_byte"], baselines[seed]["final_bits_per_byte"]
+        differences.append(ours - theirs)
+        print(f"{seed:>4} {ours:>18.4f} {theirs:>21.4f} {ours - theirs:>+13.4f}")
+    spread = statistics.stdev(differences) if len(differences) > 1 else float("nan")
+    print(f"mean difference {statistics.mean(differences):+.4f}, standard deviation over seeds {spread:.4f}")
+    for name, side in (("runs", runs), ("against", baselines)):
+        any_run = next(iter(side.values()))
+        speed = statistics.mean(summary["tokens_per_s"] for summary in side.values())
+        print(
+            f"{name}: {any_run['params_total']:,} parameters, {any_run['params_active']:,} active, "
+            f"{any_run['flops_per_token']:,} FLOPs per token, {speed:,.0f} tokens/s"
+        )
+    return 0
+
+
+def by_seed(option: str, folders: list[Path]) -> dict[int, dict[str, Any]]:
+    """Seed -> summary of each finished run."""
+    found = {}
+    for path in folders:
+        folder = RunFolder(path)
+        if not folder.summary.exists():
+            raise ConfigError(option, f"{path} is no finished run (it has no summary.json)")
+        found[load_config(folder.config).run.seed] = json.loads(folder.summary.read_text())
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
