@@ -159,7 +159,10 @@ def _build(config: Config, corpus: Corpus, folder: Path) -> None:
     except OSError as error:
         raise ConfigError("data.cache_dir", f"cannot write to {folder.parent} ({error.strerror})") from None
     try:
-        training_texts = (document.text for document in corpus.read() if document.split == "train")
+        documents = tqdm(
+            corpus.read(), desc="training the tokenizer", unit=" documents", disable=None, leave=False
+        )
+        training_texts = (document.text for document in documents if document.split == "train")
         tokenizer = load_tokenizer(config.data.tokenizer, training_texts)
         token = end_token(tokenizer, config.data.end_token)
         config.resolve(tokenizer.get_vocab_size(), token)  # refuses a vocabulary that does not fit
