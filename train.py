@@ -9,6 +9,7 @@ CONFIG is a YAML file, configs/tiny.yaml unless given. This file is the training
 import argparse
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -53,7 +54,9 @@ def train(config: Config) -> int:
     accumulation_steps = config.accumulation_steps(world_size())
     if config.parallel.ep_size > 1:
         raise ConfigError("parallel.ep_size", "experts cannot be split over ranks yet; set it to 1")
-    choose_device(config.parallel)
+    on_cpu = choose_device(config.parallel).type == "cpu"
+    if config.train.compile and on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise ConfigError("train.compile", "needs a C++ compiler on CPU; install g++ or set it to false")
     corpus = prepare_corpus(config)
     config = config.resolve(corpus.tokenizer.get_vocab_size(), corpus.end_token)
     if checkpoint is not None and checkpoint.info["data_fingerprint"] != corpus.fingerprint:
@@ -148,6 +151,7 @@ def train(config: Config) -> int:
                 )
         if done % config.train.eval_interval == 0 or done == steps:
             evaluation = evaluate(engine, corpus, config)
+            _check_finite("validation loss", evaluation["eval/loss"], done)
             if log is not None:
                 log.write(position | evaluation)
                 bar.write(
@@ -165,6 +169,8 @@ def train(config: Config) -> int:
                 save_checkpoint(folder.checkpoints, done, state, info, config.train.keep_checkpoints)
         if stop_request.made and done < steps:
             bar.close()
+            if log is not None:
+                log.close()
             say(f"stopped and saved at step {done} of {steps}; run the same command again to resume")
             return INTERRUPTED
     bar.close()

@@ -29,9 +29,11 @@ def plot_losses(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
         axes.annotate(
             f"{losses[-1]:.3f}",
             (tokens[-1] / 1e6, losses[-1]),
-            xytext=(0, 9),
+            xytext=(0, -10),
             textcoords="offset points",
             ha="center",
+            va="top",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
     axes.set(title=title, xlabel="training tokens (millions)", ylabel="cross-entropy (nats per token)")
     axes.grid(alpha=0.3)

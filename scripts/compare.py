@@ -16,7 +16,9 @@ from moe.run_folder import RunFolder
 
 def main(arguments: list[str]) -> int:
     """Parse the command line, print the table."""
-    parser = OneLineParser(prog="compare.py", description="Compare two sets of finished runs, paired by seed.")
+    parser = OneLineParser(
+        prog="compare.py", description="Compare two sets of finished runs, paired by seed."
+    )
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="run folders, one per seed")
     parser.add_argument("--against", type=Path, nargs="+", required=True, help="the baselines, same seeds")
     options = parser.parse_args(arguments)

@@ -195,3 +195,17 @@ def test_an_expert_without_tokens_has_zero_gradients_not_none():
     layer(torch.rand(2, 8, D_MODEL))[0].sum().backward()
     assert layer.experts.w_up.grad[2:].abs().sum() == 0
     assert layer.experts.w_up.grad[:2].abs().sum() > 0
+
+
+def test_hand_written_logits_give_the_hand_written_kept_set():
+    """T = 4, K = 1, E = 2, factor 1: two slots each. Expert 0 is wanted by tokens 0, 1 and 3."""
+    layer = make_layer(num_experts=2, top_k=1, normalize_gate_weights=False, capacity_factor=1.0)
+    logits = torch.tensor([[2.0, 0.0], [3.0, 0.0], [0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[:, :2] = torch.eye(2)
+    hidden = torch.cat([logits, torch.randn(4, D_MODEL - 2, dtype=torch.float64)], dim=1)[None]
+    out, aux = layer(hidden)
+    assert (out[0].abs().sum(1) > 0).tolist() == [True, True, True, False]  # token 3 has the lowest gate
+    assert aux.tokens_per_expert.tolist() == [3, 1]
+    assert int(aux.dropped_tokens) == 1

@@ -17,7 +17,9 @@ README = (ROOT / "README.md").read_text()
 
 def commands():
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [
+        line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()
+    ]
     return list(dict.fromkeys(line for line in lines if line))
 
 
@@ -33,7 +35,9 @@ def workplace(tmp_path_factory, text_file):
     folder = tmp_path_factory.mktemp("readme")
     (folder / "notes").mkdir()
     (folder / "notes" / "a.txt").write_text(text_file.read_text())
-    (folder / "notes" / "all.jsonl").write_text('{"body": "a line of notes, and then another"}\n{"body": "more"}\n' * 9)
+    (folder / "notes" / "all.jsonl").write_text(
+        '{"body": "a line of notes, and then another"}\n{"body": "more"}\n' * 9
+    )
     records = "".join(f'{{"body": "note {i}: {"word " * 60}"}}\n' for i in range(300))
     (folder / "notes" / "all.jsonl").write_text(records)
     return folder
@@ -44,7 +48,9 @@ def test_readme_commands_run(command, workplace, small, monkeypatch, capsys):
     """Each command as written, on the small model and corpus: its own arguments come last and win."""
     monkeypatch.chdir(workplace)
     words = shlex.split(command)
-    shrink = [item for item in small if not item.startswith(("moe.num_experts", "moe.top_k", "model.qk_norm"))]
+    shrink = [
+        item for item in small if not item.startswith(("moe.num_experts", "moe.top_k", "model.qk_norm"))
+    ]
     if words[:2] == ["python", "train.py"]:
         if "--help" in words:
             with pytest.raises(SystemExit) as stop:
@@ -71,7 +77,14 @@ def test_readme_commands_run(command, workplace, small, monkeypatch, capsys):
                 settings = [f"run.seed={seed}", f"run.dir={run}", "train.steps=2"]
                 assert train.main([*shrink, *experts, *settings]) == 0
                 runs[side].append(run)
-        call = [sys.executable, str(ROOT / words[1]), "--runs", *runs["--runs"], "--against", *runs["--against"]]
+        call = [
+            sys.executable,
+            str(ROOT / words[1]),
+            "--runs",
+            *runs["--runs"],
+            "--against",
+            *runs["--against"],
+        ]
         done = subprocess.run(call, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
         assert re.search(r"mean difference [+-]\d\.\d{4}, standard deviation over seeds \d", done.stdout)
@@ -93,7 +106,11 @@ def test_the_configuration_reference_is_that_of_help():
 def test_the_file_tree_names_every_file():
     tree = README.split("```text\ntrain.py")[1].split("```")[0]
     listed = set(re.findall(r"^(\S+\.\w+)", "train.py" + tree, re.MULTILINE))
-    actual = {str(path.relative_to(ROOT)) for folder in ("moe", "scripts", "configs") for path in (ROOT / folder).rglob("*")}
+    actual = {
+        str(path.relative_to(ROOT))
+        for folder in ("moe", "scripts", "configs")
+        for path in (ROOT / folder).rglob("*")
+    }
     actual = {path for path in actual if path.endswith((".py", ".yaml")) and not path.endswith("__init__.py")}
     assert actual <= listed
     assert all((ROOT / path).exists() for path in listed)

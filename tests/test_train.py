@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import train
 from moe.engine import Engine
 from moe.generation import load_model
+from moe.transformer import init_weights
 from tests.conftest import read_lines
 
 ROOT = Path(__file__).parent.parent
@@ -265,7 +266,8 @@ def test_every_kind_of_model_trains(run_main, overrides):
 def test_500_steps_stay_finite_with_no_dead_expert(run_main, num_experts):
     code, run, _, _ = run_main(
         f"moe.num_experts={num_experts}", "train.steps=500", "train.eval_interval=500", "moe.d_ff_expert=16",
-        "train.checkpoint_interval=500", "log.interval=50", "train.global_batch_size=16",
+        "train.checkpoint_interval=500", "log.interval=50",
+        "train.global_batch_size=16",
         "train.micro_batch_size=16", "optim.warmup_steps=50",
         "moe.num_shared_experts=0",
     )  # fmt: skip
@@ -275,30 +277,19 @@ def test_500_steps_stay_finite_with_no_dead_expert(run_main, num_experts):
     assert lines[-1]["loss/lm"] < 3.2
 
 
-def test_without_the_balance_loss_the_collapse_metric_fires(run_main):
-    """The router starts out collapsed on two experts; nothing pulls it back, and the metrics say so."""
-    from moe import transformer
-
-    real = transformer.init_weights
+def test_the_collapse_metrics_fire_where_the_balance_loss_is_blind(run_main, monkeypatch):
+    """Equal probabilities, and ties that all fall on the same experts: the loss is 1.0, the load is not."""
 
     def collapsed(model, seed):
-        real(model, seed)
-        with torch.no_grad():
-            for block in model.blocks:
-                block.ffn_norm.weight[0] = 0.0
-                block.ffn.router.weight[2:] *= 1e-3
-                block.ffn.router.weight[:2] *= 1e-3
-                block.ffn_norm.weight.fill_(1.0)
-                block.ffn.router.weight[:2] += block.ffn.router.weight.abs().max()
+        init_weights(model, seed)
+        for block in model.blocks:
+            torch.nn.init.zeros_(block.ffn.router.weight)
 
-    train.init_weights = collapsed
-    try:
-        _, run, _, _ = run_main("moe.aux_loss_coef=0.0", "moe.z_loss_coef=0.0", "train.steps=2")
-    finally:
-        train.init_weights = real
-    line = read_lines(run)[0]
-    assert line["moe/load_imbalance"] > 1.2
-    assert line["loss/load_balancing"] > 1.0
+    monkeypatch.setattr(train, "init_weights", collapsed)
+    line = read_lines(run_main("moe.aux_loss_coef=0.0", "train.steps=2")[1])[0]
+    assert line["loss/load_balancing"] == pytest.approx(1.0)
+    assert line["moe/load_imbalance"] == 2.0  # four experts, two in use
+    assert line["moe/dead_experts"] == 2 * 2  # in each of two layers
 
 
 @pytest.mark.slow
@@ -339,3 +330,31 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(small, tmp_path):
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
     assert train.main([*overrides, f"run.dir={tmp_path / 'whole'}"]) == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_ranks_with_replicated_experts_are_the_run_of_one_process(small, tmp_path):
+    """Same losses, same evaluation, same norms; the checkpoint of one resumes on the other."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train.main([*small, f"run.dir={one}"]) == 0
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29511",
+    ]
+    command = [*launcher, str(ROOT / "train.py"), *small, f"run.dir={two}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for extra in (["train.steps=8", "optim.warmup_steps=2"], ["train.steps=12"]):
+        done = subprocess.run(
+            [*command, *extra], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    schedule_was_12 = [line for line in read_lines(one) if line["step"] == 1]
+    for line, other in zip(schedule_was_12, read_lines(two), strict=False):
+        for key in ("loss/lm", "loss/load_balancing", "moe/load_imbalance", "optim/grad_norm"):
+            assert other[key] == pytest.approx(line[key], rel=1e-5), key

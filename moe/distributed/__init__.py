@@ -1,1 +1,0 @@
-"""How ranks are laid out and how they talk."""
