@@ -40,10 +40,10 @@ def main(arguments: list[str]) -> int:
     print(f"mean difference {statistics.mean(differences):+.4f}, standard deviation over seeds {spread:.4f}")
     for name, side in (("runs", runs), ("against", baselines)):
         any_run = next(iter(side.values()))
-        speed = statistics.mean(summary["tokens_per_s"] for summary in side.values())
+        speed = statistics.median(summary["tokens_per_s"] for summary in side.values())
         print(
             f"{name}: {any_run['params_total']:,} parameters, {any_run['params_active']:,} active, "
-            f"{any_run['flops_per_token']:,} FLOPs per token, {speed:,.0f} tokens/s"
+            f"{any_run['flops_per_token']:,} FLOPs per token, median {speed:,.0f} tokens/s"
         )
     return 0
 
