@@ -23,6 +23,7 @@ from moe import accounting
 from moe.checkpoint import CheckpointError, save_checkpoint, set_aside_newer
 from moe.config import Config, ConfigError
 from moe.config_io import OneLineParser, describe_keys, dump_config, load_config
+from moe.data.tokenizer import vocabulary_size
 from moe.data.tokens import num_samples, prepare_corpus, read_samples, sample_ids
 from moe.dispatch import LocalDispatcher
 from moe.engine import Engine, choose_device, start, stop, world_size
@@ -58,7 +59,7 @@ def train(config: Config) -> int:
     if config.train.compile and on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise ConfigError("train.compile", "needs a C++ compiler on CPU; install g++ or set it to false")
     corpus = prepare_corpus(config)
-    config = config.resolve(corpus.tokenizer.get_vocab_size(), corpus.end_token)
+    config = config.resolve(vocabulary_size(corpus.tokenizer))
     if checkpoint is not None and checkpoint.info["data_fingerprint"] != corpus.fingerprint:
         raise ConfigError("data.source", f"the text or its tokens changed since {checkpoint.path} was saved")
     if checkpoint is not None and checkpoint.step == config.train.steps and folder.summary.exists():
@@ -110,7 +111,7 @@ def train(config: Config) -> int:
         step_started = time.perf_counter()
         ids = sample_ids(config.run.seed, step, batch_size, train_samples, shuffle=not config.data.streaming)
         lr = learning_rate(step, steps, config.optim)
-        meter, grad_norm = StepMeter(world.device), 0.0
+        meter, grad_norm = StepMeter(world.device), None
         for i in range(accumulation_steps):
             mine = (i * world.size + world.rank) * micro
             samples = read_samples(corpus.train, ids[mine : mine + micro], seq_len)
@@ -121,20 +122,20 @@ def train(config: Config) -> int:
             if aux is not None:
                 loss = loss + config.moe.aux_loss_coef * aux.load_balancing_loss.mean()
                 loss = loss + config.moe.z_loss_coef * aux.router_z_loss.mean()
-            _check_finite("loss", loss.item(), step + 1)
             meter.add(lm_loss, aux)
             engine.backward(loss)
             grad_norm = engine.step(lr)
-        _check_finite("gradient norm", grad_norm, step + 1)
         for sums in meter.tensors():
             engine.sum_over_ranks(sums)
+        done, losses = step + 1, meter.read(world.size)
+        _check_finite("loss", losses["loss/lm"], done)
+        _check_finite("gradient norm", grad_norm, done)
 
         # 5. Report, evaluate, save.
-        done = step + 1
         position = {"step": done, "tokens": done * batch_size * seq_len}
         step_s = time.perf_counter() - step_started
         tokens_per_s = batch_size * seq_len / step_s
-        metrics = position | meter.read(world.size)
+        metrics = position | losses
         bar.set_postfix_str(f"loss {metrics['loss/lm']:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
         bar.update()
         if log is not None and (done % config.log.interval == 0 or done in (1, steps)):
@@ -158,7 +159,8 @@ def train(config: Config) -> int:
                     f"step {done}/{steps}: validation loss {evaluation['eval/loss']:.4f} nats per token, "
                     f"{evaluation['eval/bits_per_byte']:.4f} bits per byte"
                 )
-        if done % config.train.checkpoint_interval == 0 or done == steps or stop_request.made:
+        stopping = engine.any_rank(stop_request.made) and done < steps
+        if done % config.train.checkpoint_interval == 0 or done == steps or stopping:
             state = engine.state()
             if is_writer:
                 info = {
@@ -167,18 +169,20 @@ def train(config: Config) -> int:
                     "wall_s": time.perf_counter() - started,
                 }
                 save_checkpoint(folder.checkpoints, done, state, info, config.train.keep_checkpoints)
-        if stop_request.made and done < steps:
+        if stopping:
             bar.close()
+            stop_request.close()
             if log is not None:
                 log.close()
             say(f"stopped and saved at step {done} of {steps}; run the same command again to resume")
             return INTERRUPTED
     bar.close()
+    stop_request.close()
 
     # 6. Leave behind what a person wants to look at.
     if log is not None:
-        log.close()
         summary = summarize(read_metrics(folder.metrics), ledger, time.perf_counter() - started)
+        log.close()
         total, active = ledger.params_total / 1e6, ledger.params_active / 1e6
         title = f"{config.run.name}: {total:.1f}M parameters, {active:.1f}M active"
         plot_losses(read_metrics(folder.metrics), title, folder.loss_plot)
@@ -189,8 +193,8 @@ def train(config: Config) -> int:
     return 0
 
 
-def _check_finite(what: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
+def _check_finite(what: str, value: float | None, step: int) -> None:
+    if value is None or not math.isfinite(value):
         raise TrainingError(
             f"step {step}: the {what} is {value}; nothing of this step was saved, earlier checkpoints are "
             "sound. Start a new run with a lower optim.lr or optim.grad_clip"
@@ -202,8 +206,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.made = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, *_: object) -> None:
         if self.made:
@@ -225,9 +234,10 @@ def main(arguments: list[str]) -> int:
         "--print-config", action="store_true", help="print the complete configuration and exit"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from DeepSpeed's launcher
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     items: list[str] = options.items
-    path = Path(items.pop(0)) if items and "=" not in items[0] else DEFAULT_CONFIG
+    names_file = bool(items) and ("=" not in items[0] or items[0].endswith((".yaml", ".yml")))
+    path = Path(items.pop(0)) if names_file else DEFAULT_CONFIG
     try:
         config = load_config(path, items)
         if options.print_config:
@@ -240,7 +250,11 @@ def main(arguments: list[str]) -> int:
     except (TrainingError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error}; what was saved before stays good", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
+        print("interrupted; what was saved before stays good", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -74,16 +74,11 @@ def count(config: Config) -> Ledger:
 
 def estimate_memory(config: Config, world_size: int) -> dict[str, int]:
     """Bytes on one rank, by part. A rough guide: allocator slack, caches and the interpreter come on top."""
-    ledger, model, moe = count(config), config.model, config.moe
+    ledger, model = count(config), config.model
     width = 2 if config.parallel.precision == "bf16" else 4
-    n_sparse = 0 if moe.is_dense else len(moe_layers(model, moe))
     tokens = config.train.micro_batch_size * config.data.seq_len
     attention = 4 * model.d_model + 2 * model.n_heads * model.head_dim + 2 * model.n_kv_heads * model.head_dim
-    dense_block = 2 * model.d_model + 4 * model.d_ff
-    sparse_block = moe.top_k * (3 * model.d_model + 4 * moe.d_ff_expert)
-    per_token = [
-        attention + (sparse_block if layer < n_sparse else dense_block) for layer in range(model.n_layers)
-    ]
+    per_token = [attention + _ffn_activations(config, layer) for layer in range(model.n_layers)]
     if config.train.activation_checkpointing:
         per_token = [model.n_layers * model.d_model, max(per_token)]
     assert model.vocab_size is not None
@@ -96,6 +91,17 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, int]:
     }
 
 
+def _ffn_activations(config: Config, layer: int) -> int:
+    """Elements that a feed-forward part keeps per token for the backward pass."""
+    model, moe = config.model, config.moe
+    shared = moe.num_shared_experts * moe.d_ff_expert
+    if layer not in moe_layers(model, moe):
+        return 2 * model.d_model + 4 * model.d_ff
+    if moe.is_dense:
+        return 2 * model.d_model + 4 * (moe.d_ff_expert + shared)
+    return moe.top_k * (3 * model.d_model + 4 * moe.d_ff_expert) + 4 * shared
+
+
 def describe(config: Config, world_size: int) -> str:
     """The table that a run opens with: total against active parameters, FLOPs and memory."""
     ledger, memory = count(config), estimate_memory(config, world_size)
@@ -104,6 +110,8 @@ def describe(config: Config, world_size: int) -> str:
         ("model", "dense" if config.moe.is_dense else sparse),
         ("parameters, total", f"{ledger.params_total:,}"),
         ("parameters, active per token", f"{ledger.params_active:,}"),
+        ("  without input embedding", f"{ledger.params_active_no_input_emb:,}"),
+        ("  without both embeddings", f"{ledger.params_active_no_emb:,}"),
         ("total / active", f"{ledger.params_total / ledger.params_active:.2f}"),
         ("FLOPs per token, forward", f"{ledger.flops_per_token_forward:,}"),
         ("FLOPs per token, training", f"{ledger.flops_per_token_train:,}"),

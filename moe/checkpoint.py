@@ -60,10 +60,17 @@ def save_checkpoint(
         tensors: kind -> name -> tensor.
         info: JSON values to keep beside them.
         keep: how many checkpoints stay.
+
+    Raises:
+        CheckpointError: a tensor is not finite; nothing was written.
     """
     final = folder / f"step-{step:08d}"
     scratch = folder / f".{final.name}.partial"
     shutil.rmtree(scratch, ignore_errors=True)
+    for kind, named in tensors.items():
+        for name, tensor in named.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise CheckpointError(f"{kind} of {name} at step {step} are not finite and were not saved")
     scratch.mkdir(parents=True)
     files = {}
     for kind, named in tensors.items():

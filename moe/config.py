@@ -110,6 +110,10 @@ class DataConfig(_Section):
     subset: str | None = Field(
         default=None, description="configuration of a hub dataset, such as wikitext-103-raw-v1"
     )
+    revision: str | None = Field(
+        default=None,
+        description="commit of a hub dataset; null: the newest. Pinned, a cached one needs no network",
+    )
     text_field: str = Field(default="text", min_length=1, description="field that holds the text of a record")
     tokenizer: str = Field(
         default="bpe:4096",
@@ -182,7 +186,7 @@ class ParallelConfig(_Section):
         default="fp32", description="precision of weights and activations; the router is always fp32"
     )
     timeout_s: float = Field(
-        default=600.0, gt=0, description="seconds after which a stuck collective ends the run"
+        default=600.0, gt=0, le=1e6, description="seconds after which a stuck collective ends the run"
     )
 
 
@@ -281,8 +285,8 @@ class Config(_Section):
             )
         return total // (micro * world_size)
 
-    def resolve(self, tokenizer_vocab_size: int, end_token: str) -> Self:
-        """The same configuration with what the tokenizer decides filled in.
+    def resolve(self, tokenizer_vocab_size: int) -> Self:
+        """The same configuration with `model.vocab_size` filled in.
 
         Raises:
             ConfigError: `model.vocab_size` is smaller than the tokenizer's vocabulary.
@@ -294,8 +298,7 @@ class Config(_Section):
                 f"{vocab_size} is less than the tokenizer's {tokenizer_vocab_size}; raise it or use null",
             )
         model = self.model.model_copy(update={"vocab_size": vocab_size})
-        data = self.data.model_copy(update={"end_token": end_token})
-        return self.model_copy(update={"model": model, "data": data})
+        return self.model_copy(update={"model": model})
 
 
 def moe_layers(model: ModelConfig, moe: MoEConfig) -> list[int]:

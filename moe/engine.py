@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
-from moe.checkpoint import CheckpointError, check_names
+from moe.checkpoint import check_names
 from moe.config import Config, ConfigError, ParallelConfig
 from moe.optim import parameter_groups
 
@@ -32,8 +32,21 @@ class World:
 
 
 def world_size() -> int:
-    """Number of processes that the launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes that the launcher started; 1 without one.
+
+    Raises:
+        ConfigError: the environment is half a launcher's.
+    """
+    if not _launched():
+        return 1
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError("WORLD_SIZE", f"is set but {', '.join(missing)} not; use torchrun, or unset it")
+    return int(os.environ["WORLD_SIZE"])
+
+
+def _launched() -> bool:
+    return "WORLD_SIZE" in os.environ
 
 
 def choose_device(parallel: ParallelConfig) -> torch.device:
@@ -59,7 +72,7 @@ def start(parallel: ParallelConfig) -> World:
     os.environ.setdefault("LOCAL_RANK", "0")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "MASTER_PORT" not in os.environ and not torch.distributed.is_initialized():
+    if not _launched() and not torch.distributed.is_initialized():
         # No launcher: DeepSpeed would ask for mpi4py. A store in memory needs no free port either.
         store = HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
@@ -94,7 +107,6 @@ class Engine:
         import deepspeed
 
         self.world = world
-        self.precision = config.parallel.precision
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optim.weight_decay),
             lr=config.optim.lr,
@@ -106,7 +118,6 @@ class Engine:
         )
         self._deepspeed: Any = wrapped
         self._zero: Any = wrapped.optimizer
-        self.accumulation_steps = config.accumulation_steps(world.size)
 
     @property
     def module(self) -> nn.Module:
@@ -118,25 +129,30 @@ class Engine:
         return self._deepspeed(tokens)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro batch; the engine divides by `accumulation_steps`."""
+        """Accumulate the gradient of one micro batch; the engine divides by their number."""
         self._deepspeed.backward(loss)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> float | None:
         """End a micro batch; with the last one of a global batch, clip and update.
 
         Returns:
-            The global L2 norm of the last update's gradient, before clipping; 0 before the first update.
+            The global L2 norm of the update's gradient, before clipping; None where there was no update.
         """
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
+        updates = self._deepspeed.is_gradient_accumulation_boundary()
         self._deepspeed.step()
-        return float(self._deepspeed.get_global_grad_norm() or 0.0)
+        return float(self._deepspeed.get_global_grad_norm()) if updates else None
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks, in place."""
         if self.world.size > 1:
             torch.distributed.all_reduce(values)
         return values
+
+    def any_rank(self, happened: bool) -> bool:
+        """Whether it happened on any rank; every rank gets the same answer."""
+        return bool(self.sum_over_ranks(torch.tensor(float(happened), device=self.world.device)))
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The training state by kind and parameter name: fp32 `weights`, `exp_avg`, `exp_avg_sq`, and `rng`.
@@ -169,8 +185,6 @@ class Engine:
         parameters = dict(self.module.named_parameters())
         for kind in ("weights", "exp_avg", "exp_avg_sq"):
             check_names(parameters, state[kind], kind)
-        if self.world.device.type == "cuda" and "cuda" not in state["rng"]:
-            raise CheckpointError("rng: saved on a CPU; it has no state for a CUDA device")
         for flat in self._zero.single_partition_of_fp32_groups:
             self._zero.optimizer.state[flat] = {
                 "step": torch.tensor(float(steps_taken), device=flat.device),
@@ -183,7 +197,7 @@ class Engine:
                     fragment.copy_(state[kind][name].flatten()[inside])
             parameter.copy_(state["weights"][name])
         torch.set_rng_state(state["rng"]["cpu"])
-        if self.world.device.type == "cuda":
+        if self.world.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.world.device)
 
     def _fragments(self, parameter: nn.Parameter, kind: str) -> Iterator[tuple[slice, Tensor]]:

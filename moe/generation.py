@@ -82,6 +82,6 @@ def load_model(run: Path, device: torch.device) -> tuple[Transformer, Tokenizer,
 def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     if temperature == 0:
         return logits.argmax()[None]
-    probs, order = (logits / temperature).softmax(0).sort(descending=True, stable=True)
+    probs, order = ((logits - logits.max()) / temperature).softmax(0).sort(descending=True, stable=True)
     outside = probs.cumsum(0) - probs >= top_p  # the token that crosses top_p still belongs
     return order[probs.masked_fill(outside, 0).multinomial(1, generator=generator)]

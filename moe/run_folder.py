@@ -10,10 +10,10 @@ from typing import Any
 
 from moe.checkpoint import Checkpoint, has_checkpoint, newest_checkpoint
 from moe.config import Config, ConfigError
-from moe.config_io import dump_config, flat_config, parse_config
+from moe.config_io import dump_config, flat_config, load_config, parse_config
 
 # What a resumed run may change without becoming another experiment.
-_FREE_SECTIONS = ("parallel.", "log.", "run.name", "run.dir", "run.resume", "data.cache_dir")
+_FREE_SECTIONS = ("parallel.", "log.", "run.name", "run.dir", "run.resume", "data.cache_dir", "data.revision")
 _FREE_KEYS = {
     "train.steps",
     "train.micro_batch_size",
@@ -72,7 +72,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def create(self, config: Config) -> None:
-        """Make the folder and write the configuration.
+        """Make the folder, write the configuration, and remove the results of an earlier, shorter run.
 
         Raises:
             ConfigError: the file system refuses.
@@ -80,6 +80,8 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.config.write_text(dump_config(config))
+            for result in (self.summary, self.loss_plot, self.sample):
+                result.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError("run.dir", f"cannot write to {self.path} ({error.strerror})") from None
 
@@ -93,10 +95,9 @@ def open_run(config: Config) -> tuple[RunFolder, Checkpoint | None, list[str]]:
     Raises:
         ConfigError: the folder is no place for this run, or the run is not the one that was saved.
     """
-    folder = RunFolder(Path(config.run.dir))
-    _check_usable(folder.path)
-    used = folder.config.exists()
-    if used and config.run.resume == "never":
+    folder = RunFolder(Path(config.run.dir).expanduser())
+    _check_usable(folder)
+    if folder.config.exists() and config.run.resume == "never":
         raise ConfigError(
             "run.resume", f"never, but {folder.path} already holds a run; choose another run.name"
         )
@@ -104,6 +105,10 @@ def open_run(config: Config) -> tuple[RunFolder, Checkpoint | None, list[str]]:
     if checkpoint is None and has_checkpoint(folder.checkpoints):
         raise ConfigError(
             "run.dir", f"{warnings[0].split('; ')[0]}, and so is every other one; choose another run.name"
+        )
+    if checkpoint is None and folder.summary.exists():
+        raise ConfigError(
+            "run.dir", f"{folder.path} is a finished run whose checkpoints are gone; choose another run.name"
         )
     if checkpoint is None and config.run.resume == "must":
         raise ConfigError("run.resume", f"must, but {folder.path} holds no checkpoint; set it to auto")
@@ -118,9 +123,10 @@ def open_run(config: Config) -> tuple[RunFolder, Checkpoint | None, list[str]]:
     return folder, checkpoint, warnings
 
 
-def _check_usable(path: Path) -> None:
+def _check_usable(folder: RunFolder) -> None:
+    path = folder.path
     if path.is_dir():
-        if any(path.iterdir()) and not (path / "config.yaml").exists():
+        if any(path.iterdir()) and not _is_run(folder):
             raise ConfigError(
                 "run.dir", f"{path} holds files that are no run's; choose an empty or new folder"
             )
@@ -135,12 +141,20 @@ def _check_usable(path: Path) -> None:
         raise ConfigError("run.dir", f"{path} cannot be written ({error.strerror}); choose another") from None
 
 
+def _is_run(folder: RunFolder) -> bool:
+    try:
+        load_config(folder.config)
+    except ConfigError:
+        return False
+    return True
+
+
 def _check_same_experiment(new: Config, saved: Config) -> None:
     changed: list[tuple[str, Any, Any]] = []
     new_values = flat_config(new)
     for key, old_value in flat_config(saved).items():
         free = key in _FREE_KEYS or key.startswith(_FREE_SECTIONS)
-        from_tokenizer = key in ("model.vocab_size", "data.end_token") and new_values[key] is None
+        from_tokenizer = key == "model.vocab_size" and new_values[key] is None
         if not free and not from_tokenizer and new_values[key] != old_value:
             changed.append((key, old_value, new_values[key]))
     if changed:

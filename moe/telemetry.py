@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.config import Config, LogConfig
+from moe.config import Config
 from moe.config_io import first_line, flat_config
 from moe.layer import MoEAux
 
@@ -125,7 +125,7 @@ class WandbMirror:
 
     def __init__(self, config: Config, folder: Path):
         self._lines: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, args=(config, config.log, folder), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(config, folder), daemon=True)
         self._thread.start()
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -137,15 +137,17 @@ class WandbMirror:
         self._lines.put(None)
         self._thread.join(_WANDB_PATIENCE_S)
 
-    def _run(self, config: Config, log: LogConfig, folder: Path) -> None:
+    def _run(self, config: Config, folder: Path) -> None:
         try:
             import wandb
 
+            if config.log.wandb == "online" and wandb.api.api_key is None:
+                raise ValueError("no API key; run wandb login")  # else it would ask on the terminal and wait
             run = wandb.init(
-                project=log.wandb_project,
+                project=config.log.wandb_project,
                 name=config.run.name,
                 dir=folder,
-                mode="offline" if log.wandb == "offline" else "online",
+                mode=config.log.wandb,
                 config=flat_config(config),
                 settings=wandb.Settings(silent=True, init_timeout=_WANDB_PATIENCE_S),
             )
@@ -166,7 +168,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         "command": sys.argv,
         "git_sha": _git(root, "rev-parse", "HEAD"),
-        "git_dirty": bool(_git(root, "status", "--porcelain")),
+        "git_dirty": None if (status := _git(root, "status", "--porcelain")) is None else bool(status),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "deepspeed", "tokenizers", "numpy")},
         "platform": platform.platform(),

@@ -55,7 +55,11 @@ def by_seed(option: str, folders: list[Path]) -> dict[int, dict[str, Any]]:
         folder = RunFolder(path)
         if not folder.summary.exists():
             raise ConfigError(option, f"{path} is no finished run (it has no summary.json)")
-        found[load_config(folder.config).run.seed] = json.loads(folder.summary.read_text())
+        try:
+            summary = json.loads(folder.summary.read_text())
+        except ValueError:
+            raise ConfigError(option, f"{folder.summary} is not JSON; run that training again") from None
+        found[load_config(folder.config).run.seed] = summary
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 
 from moe.config import ConfigError
 from moe.config_io import OneLineParser
+from moe.data.tokenizer import end_token
 from moe.generation import generate, load_model
 
 
@@ -30,6 +31,8 @@ def main(arguments: list[str]) -> int:
             raise ConfigError("--max-new-tokens", f"should be at least 1, got {options.max_new_tokens}")
         if not options.temperature >= 0:
             raise ConfigError("--temperature", f"should be at least 0, got {options.temperature}")
+        if not 0 <= options.seed < 2**63:
+            raise ConfigError("--seed", f"should be at least 0 and below 2**63, got {options.seed}")
         if not 0 < options.top_p <= 1:
             raise ConfigError("--top-p", f"should be above 0 and at most 1, got {options.top_p}")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,8 +40,7 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    assert config.data.end_token is not None
-    end_id = tokenizer.token_to_id(config.data.end_token)
+    end_id = tokenizer.token_to_id(end_token(tokenizer, config.data.end_token))
     ids = tokenizer.encode(options.prompt, add_special_tokens=False).ids or [end_id]
     tokens = generate(
         model,

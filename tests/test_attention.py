@@ -59,6 +59,9 @@ def test_attention_equals_a_plain_implementation(settings):
     model = ModelConfig(d_model=32, n_heads=4, **settings)
     layer = Attention(model)
     init_weights(layer, 0)
+    for name, parameter in layer.named_parameters():
+        if "norm" in name:  # with equal weights the norm would commute with the rotation
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
     hidden = torch.randn(2, 7, 32)
     got = layer(hidden, rotary_tables(7, model.head_dim, model.rope_theta, hidden.device))
     torch.testing.assert_close(got.double(), plain_attention(layer, hidden, model), rtol=1e-4, atol=1e-5)

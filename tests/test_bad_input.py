@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ CASES = {
     "moe.first_dense_layers=2": "moe.first_dense_layers: no MoE layer is left",
     "train.micro_batch_size=3": "train.micro_batch_size: 3 does not divide train.global_batch_size (4)",
     "optim.warmup_steps=13": "optim.warmup_steps: 13 is more than train.steps (12)",
+    "parallel.timeout_s=1e300": "parallel.timeout_s: should be less than or equal to 1000000",
     "parallel.device=cuda": "parallel.device: torch sees no CUDA device",
     # data
     "data.source=missing.txt": "data.source: no such file: missing.txt",
@@ -67,6 +69,7 @@ CASES = {
     "data.cache_dir=short.txt/cache": "data.cache_dir: cannot write to",
     # tokenizer
     "data.tokenizer=bpe:10": "data.tokenizer: 'bpe:10' should be bpe:N with N at least 257",
+    "data.tokenizer=bpe:\u00b2": "data.tokenizer: 'bpe:\u00b2' should be bpe:N",
     "data.tokenizer=bpe:many": "data.tokenizer: 'bpe:many' should be bpe:N",
     "data.tokenizer=bpe:999999": "data.tokenizer: the corpus supports only",
     "data.tokenizer=missing.json": "data.tokenizer: cannot read tokenizer missing.json",
@@ -76,6 +79,7 @@ CASES = {
     "model.vocab_size=100": "model.vocab_size: 100 is less than the tokenizer's 257",
     # run folder
     "run.dir=foreign": "run.dir: foreign holds files that are no run's",
+    "run.dir=hydra": "run.dir: hydra holds files that are no run's",
     "run.dir=short.txt": "run.dir: short.txt is a file",
     "run.dir=short.txt/run": "run.dir: short.txt/run cannot be written",
     "run.dir=/proc/run": "run.dir: ",
@@ -105,6 +109,9 @@ def folder_of_bad_things(tmp_path_factory):
     (folder / "broken.jsonl").write_text('{"text": "a"\nnot json at all')
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.doc").write_text("ten years of work")
+    (folder / "hydra").mkdir()
+    (folder / "hydra" / "config.yaml").write_text("my: other project")
+    (folder / "hydra" / "metrics.jsonl").write_text('{"mine": 1}\n')
     (folder / "notyaml.yaml").write_text("a: [1, 2\nb: }")
     (folder / "list.yaml").write_text("- 1\n- 2\n")
     return folder
@@ -198,6 +205,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_silently_restarted(run_m
         (["RUN", "--temperature", "-1"], "error: --temperature: should be at least 0"),
         (["RUN", "--top-p", "0"], "error: --top-p: should be above 0"),
         (["RUN", "--max-new-tokens", "0"], "error: --max-new-tokens: should be at least 1"),
+        (["RUN", "--seed", str(2**70)], "error: --seed: should be at least 0 and below 2**63"),
         (["RUN", "--seed", "x"], "error: argument --seed: invalid int value: 'x'"),
         ([], "error: the following arguments are required: run"),
     ],
@@ -212,6 +220,25 @@ def test_generate_refuses_bad_input_in_one_line(arguments, expected, capsys):
     printed = capsys.readouterr()
     assert (code, printed.out, printed.err.count("\n")) == (2, "", 1)
     assert printed.err.startswith(expected)
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_overwritten(run_main, small, capsys):
+    _, run, _, _ = run_main("train.steps=4")
+    shutil.rmtree(run / "checkpoints")
+    before = snapshot(run)
+    line = refused([*small, f"run.dir={run}", "model.d_model=64"], capsys)
+    assert line.startswith(f"run.dir: {run} is a finished run whose checkpoints are gone")
+    assert snapshot(run) == before
+
+
+def test_options_may_stand_anywhere_and_a_yaml_name_may_hold_an_equals_sign(tmp_path, capsys):
+    (tmp_path / "lr=3").mkdir()
+    (tmp_path / "lr=3" / "c.yaml").write_text("train: {steps: 70}")
+    path = str(tmp_path / "lr=3" / "c.yaml")
+    assert train.main([path, "moe.num_experts=16", "--print-config", "train.eval_interval=5"]) == 0
+    shown = capsys.readouterr().out
+    assert "steps: 70" in shown
+    assert "eval_interval: 5" in shown
 
 
 def test_generate_writes_text_from_a_run(run_main, capsys):

@@ -51,7 +51,7 @@ DAMAGE = {
     "manifest not JSON": lambda path: (path / "manifest.json").write_text("{"),
     "manifest of another shape": lambda path: (path / "manifest.json").write_text("[]"),
     "manifest without a file": lambda path: edit(path, lambda m: m["files"].pop("weights.safetensors")),
-    "hostile file name": lambda path: edit(path, lambda m: m["files"].update({"../../x": {"sha256": ""}})),
+    "hostile file name": lambda path: name_a_file_outside(path),
     "another step": lambda path: edit(path, lambda m: m.update(step=3)),
 }
 
@@ -62,6 +62,13 @@ def flip_last_byte(path):
     path.write_bytes(data)
 
 
+def name_a_file_outside(path):
+    """A sound file with the right checksum, but not this checkpoint's."""
+    outside = path.parent.parent / "outside.safetensors"
+    outside.write_bytes((path / "weights.safetensors").read_bytes())
+    edit(path, lambda m: m["files"].update({"../../outside.safetensors": m["files"]["weights.safetensors"]}))
+
+
 def edit(path, change):
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
@@ -70,6 +77,7 @@ def edit(path, change):
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage):
+    tmp_path = tmp_path / "checkpoints"
     save(tmp_path, 1)
     DAMAGE[damage](save(tmp_path, 2))
     checkpoint, warnings = newest_checkpoint(tmp_path)
@@ -88,6 +96,14 @@ def test_a_write_that_was_cut_short_is_invisible(tmp_path, monkeypatch):
     assert (checkpoint.step, warnings) == (1, [])
     save(tmp_path, 2)
     assert newest_checkpoint(tmp_path)[0].step == 2
+
+
+def test_a_state_that_is_not_finite_is_never_written(tmp_path):
+    state = make_state(1)
+    state["exp_avg"]["b.weight"] = torch.tensor([1.0, float("inf")])
+    with pytest.raises(CheckpointError, match=r"exp_avg of b.weight at step 3 are not finite"):
+        save_checkpoint(tmp_path, 3, state, {}, 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_checkpoints_make_way_but_are_not_deleted(tmp_path):

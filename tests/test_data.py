@@ -8,6 +8,7 @@ from moe.config import ConfigError
 from moe.config_io import parse_config
 from moe.data import corpus, tokens
 from moe.data.corpus import open_corpus
+from moe.data.tokenizer import vocabulary_size
 from moe.data.tokens import num_samples, prepare_corpus, read_samples, sample_ids, validation_ids
 
 
@@ -38,10 +39,9 @@ def test_stdlib_holds_code_and_prose_split_by_file_without_overlap():
     )
 
 
-def test_a_file_never_changes_sides_when_others_are_added():
-    assert [corpus._split(name) for name in ("abc.py", "os.py", "json/decoder.py")] == [
-        corpus._split(name) for name in ("abc.py", "os.py", "json/decoder.py")
-    ]
+def test_the_side_of_a_file_is_fixed_by_its_name_alone():
+    held_out = [name for name in (f"file{i}.py" for i in range(60)) if corpus._split(name) == "validation"]
+    assert held_out == ["file3.py", "file6.py", "file15.py", "file32.py", "file33.py", "file46.py"]
     sides = [corpus._split(f"file{i}.py") for i in range(4000)]
     assert 0.035 < sides.count("validation") / 4000 < 0.065
 
@@ -68,6 +68,72 @@ def test_globs_and_folders_read_every_file(tmp_path):
         documents = list(open_corpus(make_config(tmp_path, source=str(source)).data).read())
         assert len(documents) == 25
         assert {document.split for document in documents} == {"train", "validation"}
+
+
+def test_names_decide_the_split_so_they_are_part_of_the_fingerprint(tmp_path):
+    found = []
+    for prefix in ("a", "b"):
+        folder = tmp_path / prefix
+        folder.mkdir()
+        for i in range(60):
+            (folder / f"{prefix}{i:02}.txt").write_text(f"the same text {i} " * 20)
+        source = open_corpus(make_config(tmp_path, source=str(folder)).data)
+        found.append((source.fingerprint, [document.split for document in source.read()]))
+    assert found[0][1] != found[1][1]
+    assert found[0][0] != found[1][0]
+
+
+def test_files_of_one_name_in_many_folders_are_split_and_copies_are_read_once(tmp_path):
+    for i in range(60):
+        (tmp_path / f"p{i}").mkdir()
+        (tmp_path / f"p{i}" / "README.md").write_text(f"readme {i % 50} " * 20)
+    documents = list(open_corpus(make_config(tmp_path, source=str(tmp_path)).data).read())
+    assert len(documents) == len({document.text for document in documents}) == 50
+    assert {document.split for document in documents} == {"train", "validation"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["word " * 4000, "header\n" + "word " * 4000, "line\n" * 4000],
+    ids=["one line", "header", "lines"],
+)
+def test_the_tail_is_a_twentieth_with_or_without_newlines(tmp_path, text):
+    (tmp_path / "t.txt").write_text(text)
+    train, validation = open_corpus(make_config(tmp_path, source=str(tmp_path / "t.txt")).data).read()
+    assert train.text + validation.text == text
+    assert 0.03 < len(validation.text) / len(text) < 0.16
+
+
+def test_suffixes_are_read_in_any_case_and_ndjson_is_json(tmp_path):
+    for name in ("UP.JSONL", "x.ndjson"):
+        (tmp_path / name).write_text("".join(json.dumps({"text": f"record {i}"}) + "\n" for i in range(50)))
+        documents = list(open_corpus(make_config(tmp_path, source=str(tmp_path / name)).data).read())
+        assert documents[0].text == "record 0"
+
+
+def test_a_tokenizers_truncation_and_padding_are_not_applied(tmp_path, text_file):
+    plain = prepare_corpus(make_config(tmp_path / "c", source=str(text_file)))
+    tokenizer = plain.tokenizer
+    tokenizer.enable_truncation(100)
+    tokenizer.enable_padding(length=100)
+    tokenizer.save(str(tmp_path / "t.json"))
+    prepared = prepare_corpus(
+        make_config(tmp_path / "c", source=str(text_file), tokenizer=str(tmp_path / "t.json"))
+    )
+    assert np.array_equal(prepared.train, plain.train)
+
+
+def test_a_vocabulary_with_gaps_gets_the_rows_of_its_largest_id(tmp_path, text_file):
+    model = tokenizers.models.WordLevel({"<unk>": 0, "</s>": 900, "def": 70000}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "t.json"))
+    prepared = prepare_corpus(
+        make_config(tmp_path / "c", source=str(text_file), tokenizer=str(tmp_path / "t.json"))
+    )
+    assert vocabulary_size(prepared.tokenizer) == 70001
+    assert set(prepared.train.tolist()) == {0, 900, 70000}
+    assert prepared.train.dtype == np.uint32
 
 
 def test_one_text_file_gives_its_tail_to_validation(tmp_path, text_file):
@@ -208,8 +274,14 @@ def test_every_epoch_visits_every_sample_once_in_another_order():
 
 
 def test_sample_ids_are_a_function_of_seed_and_step_alone():
-    for step in (0, 3, 1000):
-        assert np.array_equal(sample_ids(1, step, 16, 1000, True), sample_ids(1, step, 16, 1000, True))
+    assert sample_ids(1, 3, 4, 1000, True).tolist() == [
+        809,
+        48,
+        583,
+        262,
+    ]  # a saved run is resumed with these
+    both = np.concatenate([sample_ids(1, step, 8, 1000, True) for step in (10, 11)])
+    assert np.array_equal(sample_ids(1, 5, 16, 1000, True), both)  # step 5 of 16 is steps 10 and 11 of 8
     assert not np.array_equal(sample_ids(1, 3, 16, 1000, True), sample_ids(2, 3, 16, 1000, True))
     assert sample_ids(0, 2, 4, 100, shuffle=False).tolist() == [8, 9, 10, 11]
 

@@ -1,5 +1,6 @@
 """The engine against plain torch, and the DeepSpeed internals that it relies on."""
 
+import math
 import subprocess
 import sys
 import textwrap
@@ -9,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from moe.checkpoint import CheckpointError
+from moe.config import ConfigError
 from moe.config_io import parse_config
 from moe.dispatch import LocalDispatcher
-from moe.engine import Engine, start
+from moe.engine import Engine, start, world_size
 from moe.optim import learning_rate, parameter_groups
 from moe.transformer import Transformer, init_weights
 
@@ -88,7 +90,8 @@ def run_plain(config, steps):
 @pytest.mark.parametrize("grad_clip", [0.5, 0.0])
 def test_engine_equals_plain_adamw_with_clipping(process_group, zero_stage, grad_clip):
     if grad_clip == 0.0:
-        config, plain_config = make_config(optim={"grad_clip": 0.0}), make_config(optim={"grad_clip": 1e9})
+        config = make_config(optim={"grad_clip": 0.0}, parallel={"zero_stage": zero_stage})
+        plain_config = make_config(optim={"grad_clip": 1e9})
     else:
         config = plain_config = make_config(parallel={"zero_stage": zero_stage})
     engine = Engine(make_model(config), config, process_group)
@@ -170,6 +173,16 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(proces
     )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_gradient_shows_in_the_norm(process_group, zero_stage, precision, bad):
+    config = make_config(parallel={"zero_stage": zero_stage, "precision": precision})
+    engine = Engine(make_model(config), config, process_group)
+    engine.module.blocks[1].ffn.experts.w_down.register_hook(lambda gradient: gradient * bad)
+    assert not math.isfinite(run_engine(engine, config, 1)[1][0])
+
+
 def test_every_parameter_moves_after_a_step(process_group):
     config = make_config(moe={"num_shared_experts": 1}, model={"qk_norm": True, "tie_embeddings": False})
     engine = Engine(make_model(config), config, process_group)
@@ -189,6 +202,16 @@ def test_bf16_keeps_the_router_in_fp32_arithmetic_and_an_fp32_master(process_gro
     assert {out.router_logits.dtype for out in seen} == {torch.float32}
     master = engine.state()["weights"]["blocks.0.ffn.router.weight"]
     assert not torch.equal(master, master.bfloat16().float())
+
+
+def test_half_a_launchers_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE: is set but .*MASTER_PORT not; use torchrun"):
+        world_size()
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    assert world_size() == 1
 
 
 def test_one_process_needs_no_launcher_compiler_or_mpi_and_deepspeed_keeps_quiet(tmp_path):

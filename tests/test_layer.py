@@ -143,7 +143,7 @@ def test_kept_plus_dropped_is_every_assignment(capacity_factor):
 def test_capacity_is_the_exact_ceiling_with_no_minimum():
     assert expert_capacity(1.0, 64, 1, 8) == 8
     assert expert_capacity(1.25, 64, 2, 8) == 20
-    assert expert_capacity(1.1, 10, 1, 1) == 11  # 1.1 * 10 is 11.000000000000002 in binary
+    assert expert_capacity(1.09, 100, 1, 1) == 109  # 1.09 * 100 is 109.00000000000001 in binary
     assert expert_capacity(0.01, 8, 1, 8) == 1
 
 

@@ -89,6 +89,7 @@ def fake_wandb(**behaviour):
         return Run()
 
     module.init, module.Settings = init, dict
+    module.api = types.SimpleNamespace(api_key=behaviour.get("key", "secret"))
     return module
 
 
@@ -104,6 +105,13 @@ def test_a_failing_wandb_changes_nothing(run_main, monkeypatch, where):
     assert code == 0
     assert err == "W&B stopped (the network is down); training goes on, metrics.jsonl is complete\n"
     assert read_lines(run) == read_lines(plain)
+
+
+def test_wandb_online_without_a_key_never_asks_on_the_terminal(run_main, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(key=None, init=lambda: input("1, 2 or 3?")))
+    code, _, _, err = run_main("train.steps=3", "log.wandb=online")
+    assert code == 0
+    assert err.startswith("W&B stopped (no API key; run wandb login)")
 
 
 def test_a_blocking_wandb_never_blocks_the_run(run_main, monkeypatch):

@@ -62,6 +62,16 @@ def test_activation_checkpointing_changes_no_loss_gradient_or_count(capacity_fac
         torch.testing.assert_close(grads_on[name], gradient, rtol=1e-6, atol=1e-8, msg=name)
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_activation_checkpointing_runs_each_block_once_more_in_the_backward_pass(on):
+    model, calls = make_model(train={"activation_checkpointing": on}), []
+    model.blocks[0].attention.register_forward_hook(lambda *_: calls.append(1))
+    loss_and_gradients(model, torch.randint(0, 50, (2, 20)))
+    assert len(calls) == (2 if on else 1)
+    model.eval()(torch.randint(0, 50, (2, 20)))
+    assert len(calls) == (3 if on else 2)
+
+
 def test_every_parameter_gets_a_finite_gradient():
     model = make_model(
         moe={"num_shared_experts": 1, "first_dense_layers": 1},

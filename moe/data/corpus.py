@@ -21,9 +21,17 @@ from moe.config_io import first_line
 
 Split = Literal["train", "validation"]
 VALIDATION_SHARE = 20  # one document in this many
-FEW_FILES = 20  # with fewer plain-text files than this, each file's tail is the validation text
+FEW_FILES = 20  # fewer plain-text files than this are not split by file: each one's tail is validation text
+NEWLINE_REACH = 2000  # how far a tail may start before its exact place, to start at a line
 
-_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_READERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".jsonlines": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text", ".tex", ".c", ".h", ".html"}
 
 
@@ -77,7 +85,8 @@ def _stdlib() -> Corpus:
         if text.strip() and text not in seen:  # copies of a file must not sit on both sides of the split
             seen.add(text)
             documents.append(Document(text, _split(name), domain))
-    return Corpus(_fingerprint(*(document.text for document in documents)), lambda: iter(documents))
+    identity = (part for document in documents for part in (document.split, document.text))
+    return Corpus(_fingerprint(*identity), lambda: iter(documents))
 
 
 def _python_source(path: Path) -> str:
@@ -92,37 +101,45 @@ def _local_paths(source: str) -> list[Path] | None:
     """The files that the source names; None if it reads like a hub name."""
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in {*_READERS, *_TEXT_SUFFIXES})
+        found = sorted(
+            file for file in path.rglob("*") if file.suffix.lower() in {*_READERS, *_TEXT_SUFFIXES}
+        )
         if not found:
             raise ConfigError("data.source", f"folder {source} holds no text, JSON, CSV or Parquet file")
         return found
     found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
     if found:
         return found
-    looks_local = path.suffix in {*_READERS, *_TEXT_SUFFIXES} or source[0] in "./~" or glob.has_magic(source)
+    looks_local = (
+        path.suffix.lower() in {*_READERS, *_TEXT_SUFFIXES} or source[0] in "./~" or glob.has_magic(source)
+    )
     if looks_local:
         raise ConfigError("data.source", f"no such file: {source}; give a path, a glob, stdlib or a hub name")
     return None
 
 
 def _local(data: DataConfig, paths: list[Path]) -> Corpus:
-    readers = {_READERS.get(path.suffix, "text") for path in paths}
+    readers = {_READERS.get(path.suffix.lower(), "text") for path in paths}
     if len(readers) > 1:
         raise ConfigError(
             "data.source", f"{data.source} mixes file types ({', '.join(sorted(readers))}); give one"
         )
     try:
-        fingerprint = _fingerprint(*(_file_hash(path) for path in paths))
+        names = _relative_names(paths)
+        fingerprint = _fingerprint(*names, *(_file_hash(path) for path in paths))
     except OSError as error:
         raise ConfigError("data.source", f"cannot read {error.filename} ({error.strerror})") from None
     reader = readers.pop()
     if reader == "text":
-        return Corpus(fingerprint, lambda: _text_files(data, paths))
+        return Corpus(fingerprint, lambda: _text_files(paths, names))
     return Corpus(fingerprint, lambda: _records(data, reader, data_files=[str(path) for path in paths]))
 
 
-def _text_files(data: DataConfig, paths: list[Path]) -> Iterator[Document]:
-    for path in paths:
+def _text_files(paths: list[Path], names: list[str]) -> Iterator[Document]:
+    splits: list[Split] = [_split(name) for name in names]
+    by_file = len(paths) >= FEW_FILES and len(set(splits)) == 2
+    seen: set[str] = set()
+    for path, split in zip(paths, splits, strict=True):
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
@@ -131,12 +148,21 @@ def _text_files(data: DataConfig, paths: list[Path]) -> Iterator[Document]:
             ) from None
         if "\0" in text:
             raise ConfigError("data.source", f"{path} is a binary file; give text, JSON, CSV or Parquet")
-        if len(paths) >= FEW_FILES:
-            yield Document(text, _split(path.name), "text")
+        if text in seen:  # copies of a file must not sit on both sides of the split
             continue
-        cut = text.rfind("\n", 0, len(text) - len(text) // VALIDATION_SHARE) + 1
+        seen.add(text)
+        if by_file:
+            yield Document(text, split, "text")
+            continue
+        cut = len(text) - len(text) // VALIDATION_SHARE
+        cut = text.rfind("\n", max(0, cut - NEWLINE_REACH), cut) + 1 or cut
         yield Document(text[:cut], "train", "text")
         yield Document(text[cut:], "validation", "text")
+
+
+def _relative_names(paths: list[Path]) -> list[str]:
+    parents = [str(path.absolute().parent) for path in paths]
+    return [path.absolute().relative_to(os.path.commonpath(parents)).as_posix() for path in paths]
 
 
 def _records(data: DataConfig, source: str, split: str = "train", /, **arguments: Any) -> Iterator[Document]:
@@ -170,8 +196,7 @@ def _hub(data: DataConfig) -> Corpus:
 
     hub_logging.set_verbosity(logging.CRITICAL)
     try:
-        revision = HfApi().dataset_info(data.source, timeout=20).sha
-        splits = datasets.get_dataset_split_names(data.source, data.subset, revision=revision)
+        revision = data.revision or HfApi().dataset_info(data.source, timeout=20).sha
     except Exception as error:  # the hub client's errors differ from version to version
         raise ConfigError(
             "data.source",
@@ -180,12 +205,16 @@ def _hub(data: DataConfig) -> Corpus:
         ) from None
 
     def read() -> Iterator[Document]:
-        arguments = {"name": data.subset, "revision": revision}
-        own_validation = "validation" in splits
-        if own_validation:
-            yield from _records(data, data.source, "validation", **arguments)
-        for document in _records(data, data.source, "train", **arguments):
-            yield document._replace(split="train") if own_validation else document
+        try:
+            splits = datasets.get_dataset_split_names(data.source, data.subset, revision=revision)
+        except Exception as error:  # datasets raises whatever the hub client raises
+            raise ConfigError(
+                "data.source", f"{data.source} cannot be read ({first_line(error)[:200]})"
+            ) from None
+        if "validation" in splits:
+            yield from _records(data, data.source, "validation", name=data.subset, revision=revision)
+        for document in _records(data, data.source, "train", name=data.subset, revision=revision):
+            yield document._replace(split="train") if "validation" in splits else document
 
     return Corpus(_fingerprint(data.source, str(data.subset), str(revision)), read)
 

@@ -24,10 +24,22 @@ def load_tokenizer(spec: str, training_texts: Iterable[str]) -> Tokenizer:
     Raises:
         ConfigError: no such tokenizer.
     """
+    tokenizer = _make_tokenizer(spec, training_texts)
+    tokenizer.no_truncation()  # some tokenizer.json bring these along; a document is never cut or padded
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest token id: some vocabularies have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def _make_tokenizer(spec: str, training_texts: Iterable[str]) -> Tokenizer:
     if spec.startswith("bpe:"):
         size = spec.removeprefix("bpe:")
         smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
-        if not size.isdigit() or not smallest <= int(size) <= 1_000_000:
+        if not (size.isascii() and size.isdecimal()) or not smallest <= int(size) <= 1_000_000:
             raise ConfigError("data.tokenizer", f"{spec!r} should be bpe:N with N at least {smallest}")
         return _train_bpe(int(size), training_texts)
     if spec == "bytes":

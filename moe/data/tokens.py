@@ -9,11 +9,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,9 +22,10 @@ from tqdm import tqdm
 
 from moe.config import Config, ConfigError
 from moe.data.corpus import Corpus, Document, Split, open_corpus
-from moe.data.tokenizer import end_token, load_tokenizer, read_tokenizer
+from moe.data.tokenizer import end_token, load_tokenizer, read_tokenizer, vocabulary_size
 
-_FORMAT = 1
+_FORMAT = 2
+T = TypeVar("T")
 _SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
@@ -102,9 +104,14 @@ def sample_ids(seed: int, step: int, global_batch_size: int, num_samples: int, s
         return places
     ids = np.empty_like(places)
     for epoch in np.unique(epochs):
-        order = np.random.Generator(np.random.PCG64([seed, int(epoch)])).permutation(num_samples)
+        order = _epoch_order(seed, int(epoch), num_samples)
         ids[epochs == epoch] = order[places[epochs == epoch]]
     return ids
+
+
+@lru_cache(maxsize=2)  # a batch straddles at most two epochs, unless the corpus is tiny
+def _epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
 
 
 def validation_ids(num_samples: int, wanted: int) -> np.ndarray:
@@ -159,13 +166,13 @@ def _build(config: Config, corpus: Corpus, folder: Path) -> None:
     except OSError as error:
         raise ConfigError("data.cache_dir", f"cannot write to {folder.parent} ({error.strerror})") from None
     try:
-        documents = tqdm(
-            corpus.read(), desc="training the tokenizer", unit=" documents", disable=None, leave=False
+        training_texts = _with_progress(
+            (document.text for document in corpus.read() if document.split == "train"),
+            "training the tokenizer",
         )
-        training_texts = (document.text for document in documents if document.split == "train")
         tokenizer = load_tokenizer(config.data.tokenizer, training_texts)
         token = end_token(tokenizer, config.data.end_token)
-        config.resolve(tokenizer.get_vocab_size(), token)  # refuses a vocabulary that does not fit
+        config.resolve(vocabulary_size(tokenizer))  # refuses a vocabulary that does not fit
         tokenizer.save(str(scratch / "tokenizer.json"))
         counts = _write_tokens(corpus.read(), tokenizer, token, _token_limits(config), scratch)
         meta = {"end_token": token, **counts}
@@ -188,7 +195,7 @@ def _write_tokens(
     scratch: Path,
 ) -> dict[Split, dict[str, Any]]:
     """Write each split's tokens, and the start and domain of each of its documents."""
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    dtype = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32
     end_id = tokenizer.token_to_id(end)
     tokenizer.encode_special_tokens = True  # a document that spells out the end token does not end there
     counts: dict[Split, dict[str, int]] = {split: {"tokens": 0, "bytes": 0} for split in _SPLITS}
@@ -200,9 +207,8 @@ def _write_tokens(
         limit = limits[split]
         return limit is not None and counts[split]["tokens"] >= limit
 
-    progress = tqdm(desc="tokenizing", unit=" documents", disable=None, leave=False)
+    documents = _with_progress(documents, "tokenizing")
     for batch in iter(lambda: list(islice(documents, 256)), []):
-        progress.update(len(batch))
         wanted = [document for document in batch if document.text.strip() and not full(document.split)]
         encodings = tokenizer.encode_batch_fast(
             [document.text for document in wanted], add_special_tokens=False
@@ -220,7 +226,6 @@ def _write_tokens(
             count["bytes"] += len(document.text.encode(errors="surrogatepass"))
         if all(full(split) for split in _SPLITS):
             break
-    progress.close()
 
     for split in _SPLITS:
         files[split].flush()
@@ -230,12 +235,21 @@ def _write_tokens(
     return {split: {**counts[split], "dtype": np.dtype(dtype).name, "domains": domains} for split in _SPLITS}
 
 
+def _with_progress(items: Iterable[T], what: str) -> Iterator[T]:
+    yield from tqdm(items, desc=what, unit=" documents", disable=None, leave=False)
+
+
 def _check_enough(config: Config, meta: dict[str, Any]) -> None:
     seq_len = config.data.seq_len
     if meta["train"]["tokens"] + meta["validation"]["tokens"] == 0:
         raise ConfigError("data.source", f"{config.data.source} holds no text")
     for split in _SPLITS:
         tokens = meta[split]["tokens"]
+        if tokens == 0:
+            raise ConfigError(
+                "data.source",
+                f"{config.data.source} has no document in the {split} split; give more documents",
+            )
         if tokens <= seq_len:
             raise ConfigError(
                 "data.seq_len",
