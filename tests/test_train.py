@@ -319,14 +319,14 @@ def test_ctrl_c_on_a_real_process_saves_and_says_how_to_resume(small, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_from_its_last_checkpoint(small, tmp_path):
-    overrides = [*small, "train.steps=400", "train.eval_interval=400"]
+    overrides = [*small, "train.steps=200", "train.eval_interval=200"]
     command = [sys.executable, str(ROOT / "train.py"), *overrides, f"run.dir={tmp_path / 'killed'}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: sums depend on the threads
     for _ in range(2):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for line in process.stdout:
-            if "/400" in line and int(line.split()[1].split("/")[0]) % 100 > 25:
+            if "/200" in line and int(line.split()[1].split("/")[0]) % 100 > 25:
                 break
         time.sleep(0.2)
         os.kill(process.pid, signal.SIGKILL)
