@@ -226,10 +226,15 @@ def main(arguments: list[str]) -> int:
     parser = OneLineParser(
         prog="train.py",
         description="Train a sparse mixture-of-experts language model.",
-        epilog="keys:\n" + describe_keys(),
+        epilog="keys, with the defaults of those that the file leaves out:\n" + describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("items", nargs="*", metavar="CONFIG | key=value", help="a YAML file, then overrides")
+    parser.add_argument(
+        "items",
+        nargs="*",
+        metavar="CONFIG | key=value",
+        help=f"a YAML file (default {DEFAULT_CONFIG.name}), then overrides",
+    )
     parser.add_argument(
         "--print-config", action="store_true", help="print the complete configuration and exit"
     )

@@ -115,7 +115,7 @@ def describe(config: Config, world_size: int) -> str:
         ("total / active", f"{ledger.params_total / ledger.params_active:.2f}"),
         ("FLOPs per token, forward", f"{ledger.flops_per_token_forward:,}"),
         ("FLOPs per token, training", f"{ledger.flops_per_token_train:,}"),
-        ("memory per rank, estimated", f"{sum(memory.values()) / 2**30:.2f} GiB"),
+        ("state and activations per rank", f"{sum(memory.values()) / 2**30:.2f} GiB"),
         *((f"  {part}", f"{size / 2**30:.2f} GiB") for part, size in memory.items()),
     ]
     return "\n".join(f"  {name:<30} {value:>22}" for name, value in rows)

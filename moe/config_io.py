@@ -118,13 +118,17 @@ def _one_line(error: ValidationError) -> ConfigError:
         return ConfigError(key, message)
     if first["type"] == "extra_forbidden":
         return ConfigError(key, f"no such key{_near_miss(key)}; train.py --help lists them all")
+    if first["type"] == "string_pattern_mismatch":
+        return ConfigError(
+            key, f"may hold letters, digits, _, . and - only, got {json.dumps(first['input'])[:80]}"
+        )
     message = first["msg"].replace("Input should be", "should be").replace("Value error, ", "")
     return ConfigError(key, f"{message}, got {json.dumps(first['input'], default=str)[:80]}")
 
 
 def _near_miss(key: str) -> str:
     keys = [*Config.model_fields, *(known for known, _ in _fields())]
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or [
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75) or [
         known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]
     ]
     return f", did you mean {near[0]}?" if near else ""

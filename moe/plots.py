@@ -25,16 +25,8 @@ def plot_losses(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.plot(tokens / 1e6, losses, color="#9aa5b1", linewidth=1.2, label="training (one batch)")
     if evaluated:
         tokens, losses = np.array(evaluated).T
-        axes.plot(tokens / 1e6, losses, "o-", color="#1f4e9c", linewidth=2, markersize=5, label="validation")
-        axes.annotate(
-            f"{losses[-1]:.3f}",
-            (tokens[-1] / 1e6, losses[-1]),
-            xytext=(0, -10),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
+        label = f"validation ({losses[-1]:.3f} at the end)"
+        axes.plot(tokens / 1e6, losses, "o-", color="#1f4e9c", linewidth=2, markersize=5, label=label)
     axes.set(title=title, xlabel="training tokens (millions)", ylabel="cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

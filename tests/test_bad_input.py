@@ -34,7 +34,7 @@ CASES = {
     "parallel.zero_stage=3": "parallel.zero_stage: should be 1 or 2, got 3",
     "parallel.precision=fp16": "parallel.precision: should be 'fp32' or 'bf16'",
     "log.wandb=maybe": "log.wandb: should be 'disabled', 'offline' or 'online'",
-    "run.name=a/b": "run.name: String should match pattern",
+    "run.name=a/b": "run.name: may hold letters, digits, _, . and - only, got",
     "run.seed=-1": "run.seed: should be greater than or equal to 0",
     "data.source=${nowhere}": "CONFIG: ",
     # keys that contradict each other
