@@ -9,6 +9,7 @@ CONFIG is a YAML file, configs/tiny.yaml unless given. This file is the training
 import argparse
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -20,14 +21,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from moe import accounting
-from moe.checkpoint import CheckpointError, save_checkpoint, set_aside_newer
+from moe.checkpoint import agree_on_checkpoint, save_checkpoint, set_aside_newer
 from moe.config import Config, ConfigError
 from moe.config_io import OneLineParser, describe_keys, dump_config, load_config
 from moe.data.tokenizer import vocabulary_size
 from moe.data.tokens import num_samples, prepare_corpus, read_samples, sample_ids
-from moe.dispatch import LocalDispatcher
-from moe.engine import Engine, choose_device, start, stop, world_size
+from moe.dispatch import choose_dispatcher
+from moe.distributed.launch import choose_device, leave, rank, why_lost, world_size
+from moe.distributed.topology import Topology
+from moe.engine import Engine, start
 from moe.evaluation import evaluate
+from moe.manifest import CheckpointError
 from moe.ops.grouped_mm import choose_expert_path
 from moe.optim import learning_rate
 from moe.plots import plot_losses
@@ -51,47 +55,47 @@ def train(config: Config) -> int:
         The exit code: 0 when all steps are done, 130 when a signal stopped the run after a checkpoint.
     """
     # 1. Everything that can be refused is refused before anything is built or written.
-    folder, checkpoint, warnings = open_run(config)
+    folder, checkpoint, warnings = open_run(config, check_content=rank() == 0)
     accumulation_steps = config.accumulation_steps(world_size())
-    if config.parallel.ep_size > 1:
-        raise ConfigError("parallel.ep_size", "experts cannot be split over ranks yet; set it to 1")
+    Topology(world_size(), config.parallel.ep_size)
     on_cpu = choose_device(config.parallel).type == "cpu"
     if config.train.compile and on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise ConfigError("train.compile", "needs a C++ compiler on CPU; install g++ or set it to false")
     corpus = prepare_corpus(config)
     config = config.resolve(vocabulary_size(corpus.tokenizer))
-    if checkpoint is not None and checkpoint.info["data_fingerprint"] != corpus.fingerprint:
-        raise ConfigError("data.source", f"the text or its tokens changed since {checkpoint.path} was saved")
-    if checkpoint is not None and checkpoint.step == config.train.steps and folder.summary.exists():
-        print(
-            f"{folder.path} is finished ({checkpoint.step} steps); raise train.steps or set another run.name"
-        )
-        return 0
 
-    # 2. The model and the engine.
+    # 2. Join the other ranks, and continue where rank 0 finds a sound checkpoint.
     world = start(config.parallel)
     is_writer = world.rank == 0
     say = print if is_writer else lambda *_, **__: None
+    checkpoint = agree_on_checkpoint(folder.checkpoints, checkpoint)
+    if checkpoint is not None and checkpoint.info["data_fingerprint"] != corpus.fingerprint:
+        raise ConfigError("data.source", f"the text or its tokens changed since {checkpoint.path} was saved")
+    if checkpoint is not None and checkpoint.step == config.train.steps and folder.summary.exists():
+        say(f"{folder.path} is finished ({checkpoint.step} steps); raise train.steps or set another run.name")
+        return 0
+
+    # 3. The model and the engine.
     for warning in warnings:
         say(f"warning: {warning}", file=sys.stderr)
     ledger = accounting.count(config)
     say(f"{folder.path}: {len(corpus.train):,} training tokens, {world.size} x {world.device.type}")
     say(accounting.describe(config, world.size))
     dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
-    model = Transformer(config, LocalDispatcher(), choose_expert_path(world.device, dtype))
+    dispatcher = choose_dispatcher(world.groups, config.parallel)
+    model = Transformer(config, dispatcher, choose_expert_path(world.device, dtype))
     init_weights(model, config.run.seed)
     if config.train.compile:
         for block in model.blocks:
             block.compile()
     engine = Engine(model, config, world)
 
-    # 3. Continue where the checkpoint stopped.
     first_step, wall_s = 0, 0.0
     if checkpoint is not None:
-        engine.load_state({kind: checkpoint.read(kind) for kind in checkpoint.kinds}, checkpoint.step)
+        engine.load_state(checkpoint)
         first_step, wall_s = checkpoint.step, checkpoint.info["wall_s"]
         say(f"resumed from {checkpoint.path}")
-    environment = describe_environment()
+    environment = describe_environment(world.size)
     log = None
     if is_writer:
         folder.create(config)
@@ -111,7 +115,7 @@ def train(config: Config) -> int:
         step_started = time.perf_counter()
         ids = sample_ids(config.run.seed, step, batch_size, train_samples, shuffle=not config.data.streaming)
         lr = learning_rate(step, steps, config.optim)
-        meter, grad_norm = StepMeter(world.device), None
+        meter, norms = StepMeter(world.device), None
         for i in range(accumulation_steps):
             mine = (i * world.size + world.rank) * micro
             samples = read_samples(corpus.train, ids[mine : mine + micro], seq_len)
@@ -124,12 +128,13 @@ def train(config: Config) -> int:
                 loss = loss + config.moe.z_loss_coef * aux.router_z_loss.mean()
             meter.add(lm_loss, aux)
             engine.backward(loss)
-            grad_norm = engine.step(lr)
+            norms = engine.step(lr)
         for sums in meter.tensors():
             engine.sum_over_ranks(sums)
+        assert norms is not None, "the last micro batch updates"
         done, losses = step + 1, meter.read(world.size)
         _check_finite("loss", losses["loss/lm"], done)
-        _check_finite("gradient norm", grad_norm, done)
+        _check_finite("gradient norm", norms.total, done)
 
         # 5. Report, evaluate, save.
         position = {"step": done, "tokens": done * batch_size * seq_len}
@@ -142,7 +147,8 @@ def train(config: Config) -> int:
             mfu = tokens_per_s * ledger.flops_per_token_train / (peak * world.size) if peak else None
             log.write(
                 metrics
-                | {"optim/lr": lr, "optim/grad_norm": grad_norm}
+                | {"optim/lr": lr, "optim/grad_norm": norms.total}
+                | {f"optim/grad_norm/{family}": norm for family, norm in norms.families().items()}
                 | {"perf/tokens_per_s": tokens_per_s, "perf/step_s": step_s, "perf/mfu": mfu}
             )
             if bar.disable:
@@ -161,14 +167,15 @@ def train(config: Config) -> int:
                 )
         stopping = engine.any_rank(stop_request.made) and done < steps
         if done % config.train.checkpoint_interval == 0 or done == steps or stopping:
-            state = engine.state()
-            if is_writer:
-                info = {
-                    "config": config.model_dump(mode="json"),
-                    "data_fingerprint": corpus.fingerprint,
-                    "wall_s": time.perf_counter() - started,
-                }
-                save_checkpoint(folder.checkpoints, done, state, info, config.train.keep_checkpoints)
+            info = {"data_fingerprint": corpus.fingerprint, "wall_s": time.perf_counter() - started}
+            save_checkpoint(
+                folder.checkpoints,
+                done,
+                engine.state(),
+                config.model_dump(mode="json"),
+                info,
+                config.train.keep_checkpoints,
+            )
         if stopping:
             bar.close()
             stop_request.close()
@@ -180,13 +187,14 @@ def train(config: Config) -> int:
     stop_request.close()
 
     # 6. Leave behind what a person wants to look at.
+    samples = write_samples(engine.module, corpus, config, world.device, engine.from_rank_0)
     if log is not None:
         summary = summarize(read_metrics(folder.metrics), ledger, time.perf_counter() - started)
         log.close()
         total, active = ledger.params_total / 1e6, ledger.params_active / 1e6
         title = f"{config.run.name}: {total:.1f}M parameters, {active:.1f}M active"
         plot_losses(read_metrics(folder.metrics), title, folder.loss_plot)
-        folder.sample.write_text(write_samples(engine.module, corpus, config, world.device), encoding="utf-8")
+        folder.sample.write_text(samples, encoding="utf-8")
         folder.summary.write_text(json.dumps(summary, indent=1))
         say(json.dumps(summary, indent=1))
         say(f"see {folder.loss_plot} and {folder.sample}; scripts/generate.py {folder.path} writes more")
@@ -202,10 +210,14 @@ def _check_finite(what: str, value: float | None, step: int) -> None:
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop after the step; a second one stops at once."""
+    """Turns Ctrl-C or SIGTERM into a wish to stop after the step; a second Ctrl-C stops at once.
+
+    A second SIGTERM does not: a scheduler and a launcher each pass on the one that they got.
+    """
 
     def __init__(self) -> None:
         self.made = False
+        self._interrupted = False
         numbers = (signal.SIGINT, signal.SIGTERM)
         self._before = {number: signal.signal(number, self._ask) for number in numbers}
 
@@ -214,11 +226,14 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, *_: object) -> None:
-        if self.made:
-            raise KeyboardInterrupt
+    def _ask(self, number: int, _: object) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+        if not self.made:
+            print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         self.made = True
-        print("stopping after this step; once more to stop at once", file=sys.stderr)
 
 
 def main(arguments: list[str]) -> int:
@@ -255,6 +270,11 @@ def main(arguments: list[str]) -> int:
     except (TrainingError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if (reason := why_lost(error)) is None:
+            raise
+        print(f"error: {reason}; what was saved before stays good", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"error: {error}; what was saved before stays good", file=sys.stderr)
         return 1
@@ -265,5 +285,9 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    stop()
-    sys.exit(code)
+    if code == 0 or world_size() == 1:
+        leave()
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # leaving in order would wait for ranks that are gone

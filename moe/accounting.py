@@ -75,6 +75,8 @@ def count(config: Config) -> Ledger:
 def estimate_memory(config: Config, world_size: int) -> dict[str, int]:
     """Bytes on one rank, by part. A rough guide: allocator slack, caches and the interpreter come on top."""
     ledger, model = count(config), config.model
+    experts = ledger.by_part["routed_experts"]
+    held = ledger.params_total - experts + experts // config.parallel.ep_size
     width = 2 if config.parallel.precision == "bf16" else 4
     tokens = config.train.micro_batch_size * config.data.seq_len
     attention = 4 * model.d_model + 2 * model.n_heads * model.head_dim + 2 * model.n_kv_heads * model.head_dim
@@ -83,8 +85,8 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, int]:
         per_token = [model.n_layers * model.d_model, max(per_token)]
     assert model.vocab_size is not None
     return {
-        "weights": ledger.params_total * width,
-        "gradients": ledger.params_total * width,
+        "weights": held * width,
+        "gradients": held * width,
         "optimizer": ledger.params_total * 12 // world_size,  # fp32 master and two moments, split by ZeRO
         "activations": tokens * sum(per_token) * width,
         "logits": tokens * model.vocab_size * 3 * 4,

@@ -1,92 +1,158 @@
-"""Save and load training state: safetensors and JSON only, so that loading one never executes code.
+"""Save and load training state on any topology: safetensors and JSON only, so that loading executes no code.
 
-A checkpoint is a folder `step-%08d` with one safetensors file per kind of tensor (`weights`, `exp_avg`,
-`exp_avg_sq`, `rng`), its tensors under the parameters' names, and `manifest.json` with the step, the
-configuration and each file's SHA-256. It is written under a hidden name and renamed, so a reader sees all of
-it or nothing.
+A checkpoint is a folder `step-%08d` of safetensors shards and `manifest.json`. Every tensor of the state (a
+kind and a parameter's name, experts stacked by global id) is flattened and stored once, in fragments: each
+rank writes those it owns, and the manifest says which elements lie in which shard. So a reader of any
+topology finds the elements it holds, and no rank ever holds the whole model. The folder is written under a
+hidden name, and renamed when all ranks are done: readers see all of it or nothing.
 """
 
-import hashlib
-import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 1
-KINDS = ("weights", "exp_avg", "exp_avg_sq", "rng")
+from moe import manifest as manifests
+from moe.manifest import CheckpointError, Manifest, Piece, Shard, TensorEntry, Written
+
+_SHARD_BYTES = 2**28  # a GPU rank copies this much to the host at a time, or one fragment where that is more
 _NAME = re.compile(r"step-(\d{8})")
+_Result = TypeVar("_Result")
 
 
-class CheckpointError(Exception):
-    """A checkpoint is damaged or does not fit; the message says which file or tensor, and how."""
+class Fragment(NamedTuple):
+    """Consecutive elements of one flattened tensor of the training state.
+
+    Attributes:
+        kind: `weights`, `exp_avg` or `exp_avg_sq`.
+        name: of the parameter.
+        shape: of the whole tensor, over all ranks.
+        start: place of the first element in the whole tensor, flattened.
+        values: (n,) fp32, on any device.
+    """
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    values: Tensor
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint on disk.
+    """A checkpoint on disk whose manifest has been read.
 
     Attributes:
         path: its folder.
         step: optimizer steps taken when it was saved.
-        kinds: kinds of tensor in it.
-        info: what the writer put in beside the tensors: the configuration, the data's fingerprint.
+        config: of the run that saved it.
+        info: what the writer put in beside the tensors: the data's fingerprint, the seconds so far.
+        tensors: kind -> name -> where its elements are.
     """
 
     path: Path
     step: int
-    kinds: tuple[str, ...]
+    config: dict[str, Any]
     info: dict[str, Any]
+    tensors: dict[str, dict[str, TensorEntry]]
+    _opened: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def read(self, kind: str) -> dict[str, Tensor]:
-        """Tensors of one kind by parameter name, on CPU, fp32 (`rng`: uint8)."""
-        return load_file(self.path / f"{kind}.safetensors")
+    def check_names(self, kind: str, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse tensors that are missing, unexpected or of another shape than `expected`, by name.
+
+        Raises:
+            CheckpointError: naming the first few.
+        """
+        found = self.tensors.get(kind, {})
+        missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        if missing or extra:
+            raise CheckpointError(f"{self.path}: {kind}: missing {missing[:3]}, unexpected {extra[:3]}")
+        for name, shape in expected.items():
+            if tuple(found[name].shape) != tuple(shape):
+                raise CheckpointError(
+                    f"{self.path}: {kind}: {name} is {tuple(found[name].shape)}, not {tuple(shape)}"
+                )
+
+    def read(self, kind: str, name: str, start: int = 0, numel: int | None = None) -> Tensor:
+        """Consecutive elements of a flattened tensor, and nothing else of it, from disk.
+
+        Args:
+            kind: of state.
+            name: of the parameter.
+            start: first element.
+            numel: how many. None: all from there.
+
+        Returns:
+            (numel,) fp32, on CPU.
+
+        Raises:
+            CheckpointError: a shard does not hold what the manifest says.
+        """
+        tensor = self.tensors[kind][name]
+        stop = math.prod(tensor.shape) if numel is None else start + numel
+        out = torch.empty(stop - start)
+        for piece in tensor.pieces:
+            first, last = max(start, piece.start), min(stop, piece.start + piece.numel)
+            if first < last:
+                try:
+                    stored = self._open(piece.shard).get_slice(f"{kind}/{name}")
+                    out[first - start : last - start] = stored[first - piece.start : last - piece.start]
+                except (SafetensorError, RuntimeError) as error:
+                    raise CheckpointError(f"{self.path / piece.shard}: {kind}/{name}: {error}") from None
+        return out
+
+    def _open(self, shard: str) -> Any:
+        if shard not in self._opened:
+            self._opened[shard] = safe_open(self.path / shard, "pt")
+        return self._opened[shard]
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], info: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    fragments: Iterable[Fragment],
+    config: dict[str, Any],
+    info: dict[str, Any],
+    keep: int,
 ) -> Path:
-    """Write `folder/step-%08d`, then delete all but the newest `keep`.
+    """Write `folder/step-%08d` together with all other ranks, then delete all but the newest `keep`.
+
+    Every rank calls this. Either all of them return and the checkpoint is complete, or all raise and it does
+    not exist.
 
     Args:
-        folder: the run's `checkpoints/`.
+        folder: the run's `checkpoints/`, on a file system that all ranks share.
         step: optimizer steps taken.
-        tensors: kind -> name -> tensor.
-        info: JSON values to keep beside them.
+        fragments: what this rank owns; over all ranks, each element of the state once.
+        config: of the run.
+        info: JSON values to keep beside the tensors.
         keep: how many checkpoints stay.
 
     Raises:
-        CheckpointError: a tensor is not finite; nothing was written.
+        CheckpointError: a tensor is not finite, or a rank could not write.
     """
     final = folder / f"step-{step:08d}"
     scratch = folder / f".{final.name}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)
-    for kind, named in tensors.items():
-        for name, tensor in named.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise CheckpointError(f"{kind} of {name} at step {step} are not finite and were not saved")
-    scratch.mkdir(parents=True)
-    files = {}
-    for kind, named in tensors.items():
-        path = scratch / f"{kind}.safetensors"
-        save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
-        _flush(path)
-        files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-    manifest = {"format": FORMAT, "step": step, "files": files, "info": info}
-    (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    _flush(scratch / "manifest.json")
-    if final.exists():
-        _remove(final)
-    scratch.rename(final)
-    _flush(folder)
-    for _, old in _list(folder)[keep:]:
-        _remove(old)
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    _on_all_ranks(lambda: _clear(scratch) if rank == 0 else None)
+    written = _on_all_ranks(lambda: _write_shards(scratch, rank, fragments))
+
+    def publish() -> None:
+        if rank == 0:
+            _publish(scratch, final, manifests.merge(step, config, info, written))
+            for _, old in _list(folder)[keep:]:
+                _remove(old)
+
+    _on_all_ranks(publish)
     return final
 
 
@@ -95,17 +161,54 @@ def has_checkpoint(folder: Path) -> bool:
     return bool(_list(folder))
 
 
-def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose checksums hold, and one warning for each newer one that is damaged."""
+def open_checkpoint(folder: Path, step: int, check_content: bool) -> Checkpoint:
+    """Read and check a manifest.
+
+    Args:
+        folder: the run's `checkpoints/`.
+        step: which one.
+        check_content: also compare every byte with the checksums.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = folder / f"step-{step:08d}"
+    try:
+        manifest = manifests.read_manifest(path / "manifest.json")
+        if manifest.step != step:
+            raise CheckpointError(f"manifest.json is of step {manifest.step}")
+        manifests.check_shards(path, manifest)
+        manifests.check_pieces(manifest)
+        if check_content:
+            manifests.check_content(path, manifest)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{Path(error.filename).name} is missing") from None
+    except OSError as error:
+        raise CheckpointError(str(error)) from None
+    return Checkpoint(path, step, manifest.config, manifest.info, manifest.tensors)
+
+
+def newest_checkpoint(folder: Path, check_content: bool = True) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is not damaged, and one warning for each newer one that is."""
     warnings = []
     for step, path in _list(folder):
         try:
-            manifest = _verify(path, step)
-            kinds = tuple(name.removesuffix(".safetensors") for name in manifest["files"])
-            return Checkpoint(path, step, kinds, manifest["info"]), warnings
+            return open_checkpoint(folder, step, check_content), warnings
         except CheckpointError as error:
             warnings.append(f"checkpoint {path} is damaged ({error}); trying the one before")
     return None, warnings
+
+
+def agree_on_checkpoint(folder: Path, found: Checkpoint | None) -> Checkpoint | None:
+    """The checkpoint that rank 0 found, on every rank.
+
+    Raises:
+        CheckpointError: a rank cannot read it.
+    """
+    step = _on_all_ranks(lambda: None if found is None else found.step)[0]
+    if found is not None and found.step == step:
+        return found
+    return None if step is None else open_checkpoint(folder, step, check_content=False)
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
@@ -116,63 +219,87 @@ def set_aside_newer(folder: Path, step: int) -> None:
             path.rename(folder / f"damaged-{path.name}")
 
 
-def check_names(expected: Mapping[str, Any], found: Mapping[str, Tensor], kind: str) -> None:
-    """Refuse tensors that are missing, unexpected or of another shape.
-
-    Raises:
-        CheckpointError: naming the first few.
-    """
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or extra:
-        raise CheckpointError(f"{kind}: missing {missing[:3]}, unexpected {extra[:3]}")
-    for name, tensor in found.items():
-        if tuple(tensor.shape) != tuple(expected[name].shape):
-            raise CheckpointError(
-                f"{kind}: {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
-            )
-
-
-def _verify(path: Path, step: int) -> dict[str, Any]:
+def _on_all_ranks(action: Callable[[], _Result]) -> list[_Result]:
+    """Run one's own part; the results of all ranks, or one error on all of them if it failed on any."""
+    result, error = None, None
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        if manifest["format"] != FORMAT or manifest["step"] != step:
-            raise CheckpointError(f"manifest.json is of format {manifest['format']}, step {manifest['step']}")
-        for name, entry in manifest["files"].items():
-            if Path(name).name != name:
-                raise CheckpointError(f"manifest.json names a file outside the folder: {name!r}")
-            if _sha256(path / name) != entry["sha256"]:
-                raise CheckpointError(f"{name} does not match its checksum")
-        missing = {f"{kind}.safetensors" for kind in KINDS} - manifest["files"].keys()
-        if missing:
-            raise CheckpointError(f"manifest.json lacks {', '.join(sorted(missing))}")
-        if not isinstance(manifest["info"], dict):
-            raise CheckpointError("manifest.json has no info")
-        return manifest
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{Path(error.filename).name} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"manifest.json cannot be read ({error})") from None
+        result = action()
+    except (OSError, CheckpointError, SafetensorError) as failure:
+        error = str(failure)
+    outcomes: list[Any] = [(result, error)]
+    if torch.distributed.is_initialized() and (ranks := torch.distributed.get_world_size()) > 1:
+        outcomes = [None] * ranks
+        torch.distributed.all_gather_object(outcomes, (result, error))
+    for rank, (_, error) in enumerate(outcomes):
+        if error is not None:
+            raise CheckpointError(f"rank {rank}: {error}" if len(outcomes) > 1 else error)
+    return [result for result, _ in outcomes]
+
+
+def _clear(scratch: Path) -> None:
+    """Make an empty folder, and remove what killed runs left half done."""
+    for left_over in scratch.parent.glob(".step-*"):
+        left_over.unlink() if left_over.is_symlink() else shutil.rmtree(left_over)
+    scratch.mkdir(parents=True)
+
+
+def _write_shards(scratch: Path, rank: int, fragments: Iterable[Fragment]) -> Written:
+    written = Written({}, [])
+    batch: dict[str, Tensor] = {}
+    batch_bytes = 0
+
+    def name() -> str:
+        return f"{rank:05d}-{len(written.shards):05d}.safetensors"
+
+    def flush() -> None:
+        path = scratch / name()
+        save_file(batch, path)
+        _flush(path)
+        written.shards[path.name] = Shard(sha256=manifests.sha256_of(path), bytes=path.stat().st_size)
+        batch.clear()
+
+    for kind, tensor_name, shape, start, values in fragments:
+        if not values.isfinite().all():
+            raise CheckpointError(f"{kind} of {tensor_name} are not finite and were not saved")
+        if batch and batch_bytes + values.nbytes > _SHARD_BYTES:
+            flush()
+            batch_bytes = 0
+        batch[f"{kind}/{tensor_name}"] = values.detach().cpu()
+        batch_bytes += values.nbytes
+        piece = Piece(shard=name(), start=start, numel=values.numel())
+        written.places.append((kind, tensor_name, list(shape), piece))
+    if batch:
+        flush()
+    return written
+
+
+def _publish(scratch: Path, final: Path, manifest: Manifest) -> None:
+    manifests.check_shards(
+        scratch, manifest
+    )  # a rank may have written to a file system that this one does not see
+    manifests.check_pieces(manifest)
+    manifests.write_manifest(scratch / "manifest.json", manifest)
+    _flush(scratch / "manifest.json")
+    if final.exists():
+        _remove(final)
+    scratch.rename(final)
+    _flush(final.parent)
 
 
 def _list(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of complete checkpoints, newest first."""
     if not folder.is_dir():
         return []
-    found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    entries = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    found = [(match, path) for path in entries if (match := _NAME.fullmatch(path.name))]
     return sorted(((int(match[1]), path) for match, path in found), reverse=True)
 
 
 def _remove(path: Path) -> None:
     """Delete a checkpoint; a reader that comes in between sees none rather than half of one."""
     hidden = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

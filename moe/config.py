@@ -177,6 +177,13 @@ class ParallelConfig(_Section):
         default="auto", description="auto: cuda where there is one"
     )
     ep_size: int = Field(default=1, gt=0, description="ranks that split the experts of a layer")
+    dispatch: Literal["once_per_rank", "once_per_expert"] = Field(
+        default="once_per_rank",
+        description="how often a token travels to a rank that holds several of its experts",
+    )
+    overlap: bool = Field(
+        default=True, description="compute the shared experts while tokens travel to the others"
+    )
     zero_stage: Literal[1, 2] = Field(
         default=1,
         description="ZeRO stage; under bf16, 2 accumulates micro batches in fp32 and 1 in bf16 "

@@ -3,23 +3,29 @@
 One process is world size 1 of the same engine, and CPU is gloo of the same engine.
 """
 
-import datetime
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import ProcessGroup
+from torch.linalg import vector_norm
 
-from moe.checkpoint import check_names
-from moe.config import Config, ConfigError, ParallelConfig
-from moe.optim import parameter_groups
+from moe.checkpoint import Checkpoint, Fragment
+from moe.config import Config, ParallelConfig
+from moe.distributed.groups import ParallelGroups
+from moe.distributed.launch import choose_device, join, set_timeouts
+from moe.distributed.topology import Topology
+from moe.experts import GroupedExperts
+from moe.optim import parameter_family, parameter_groups
 
 # Measured on CPU with 33.5M parameters: 4M elements save 80 of 300 ms a step against the default of 500M.
 _CPU_BUCKET_ELEMENTS = 4_000_000
+_KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -29,69 +35,65 @@ class World:
     rank: int
     size: int
     device: torch.device
+    groups: ParallelGroups
 
 
-def world_size() -> int:
-    """Number of processes that the launcher started; 1 without one.
+class GradNorms(NamedTuple):
+    """L2 norms of the gradient of one update, before clipping; a parameter counts once, wherever it lives.
 
-    Raises:
-        ConfigError: the environment is half a launcher's.
+    `total` is DeepSpeed's, which the clipping uses; the others are summed up here, and their squares add up
+    to its square. None where a model has no such parameters.
     """
-    if not _launched():
-        return 1
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise ConfigError("WORLD_SIZE", f"is set but {', '.join(missing)} not; use torchrun, or unset it")
-    return int(os.environ["WORLD_SIZE"])
 
+    total: float
+    dense: float | None
+    router: float | None
+    experts: float | None
 
-def _launched() -> bool:
-    return "WORLD_SIZE" in os.environ
-
-
-def choose_device(parallel: ParallelConfig) -> torch.device:
-    """The device of this process.
-
-    Raises:
-        ConfigError: cuda is asked for and there is none.
-    """
-    has_cuda = torch.cuda.is_available()
-    if parallel.device == "cuda" and not has_cuda:
-        raise ConfigError("parallel.device", "torch sees no CUDA device; set it to cpu or auto")
-    if parallel.device == "cpu" or not has_cuda:
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    def families(self) -> dict[str, float | None]:
+        """The norms by family of parameters."""
+        return {name: norm for name, norm in self._asdict().items() if name != "total"}
 
 
 def start(parallel: ParallelConfig) -> World:
-    """Join the process group; under no launcher, make one of size 1. A second call joins the same one."""
+    """Join the process group and make those of expert parallelism. A second call joins the same ones.
+
+    Raises:
+        ConfigError: `parallel.ep_size` does not divide the number of ranks.
+    """
     device = choose_device(parallel)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(seconds=parallel.timeout_s)
     os.environ["DS_ACCELERATOR"] = device.type
-    os.environ.setdefault("LOCAL_RANK", "0")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not _launched() and not torch.distributed.is_initialized():
-        # No launcher: DeepSpeed would ask for mpi4py. A store in memory needs no free port either.
-        store = HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    join(parallel, device)
 
     import deepspeed
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from deepspeed.utils import groups
 
     _quiet_deepspeed()
     # Its shared-memory collectives would be compiled with g++ on first use; a run killed meanwhile leaves a
     # lock on which every later run hangs. gloo does the same work.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
-    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
-
-
-def stop() -> None:
-    """Leave the process group, for good: DeepSpeed keeps references to it and cannot start a second one."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    deepspeed.init_distributed(verbose=False)
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    topology = Topology(size, parallel.ep_size)
+    groups._create_expert_and_data_parallel(parallel.ep_size)
+    name = f"ep_size_{parallel.ep_size}"
+    made = ParallelGroups(
+        dp_group=cast("ProcessGroup", groups._get_data_parallel_group()),
+        ep_group=groups._get_expert_parallel_group(name),
+        edp_group=groups._get_expert_data_parallel_group(name),
+        ep_size=parallel.ep_size,
+        ep_rank=topology.ep_rank(rank),
+    )
+    for group, expected in (
+        (made.dp_group, [list(range(size))]),
+        (made.ep_group, topology.ep_groups),
+        (made.edp_group, topology.edp_groups),
+    ):
+        ranks = torch.distributed.get_process_group_ranks(group)
+        assert ranks in expected, (ranks, expected)
+    set_timeouts(parallel.timeout_s)
+    return World(rank, size, device, made)
 
 
 class Engine:
@@ -107,8 +109,13 @@ class Engine:
         import deepspeed
 
         self.world = world
+        self._config = config
+        self._layouts = dict(_layouts(model))
+        groups = parameter_groups(model, config.optim.weight_decay)
+        if world.groups.ep_size > 1:
+            groups = _split_experts(model, groups, world.groups.ep_size)
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.optim.weight_decay),
+            groups,
             lr=config.optim.lr,
             betas=config.optim.betas,
             fused=True,  # on CPU it also keeps DeepSpeed from compiling its own Adam
@@ -118,6 +125,9 @@ class Engine:
         )
         self._deepspeed: Any = wrapped
         self._zero: Any = wrapped.optimizer
+        set_timeouts(config.parallel.timeout_s)  # DeepSpeed has made groups of its own
+        self._squares = torch.zeros(len(GradNorms._fields), dtype=torch.float64, device=world.device)
+        optimizer.register_step_pre_hook(self._add_squares)
 
     @property
     def module(self) -> nn.Module:
@@ -132,17 +142,39 @@ class Engine:
         """Accumulate the gradient of one micro batch; the engine divides by their number."""
         self._deepspeed.backward(loss)
 
-    def step(self, learning_rate: float) -> float | None:
+    def step(self, learning_rate: float) -> GradNorms | None:
         """End a micro batch; with the last one of a global batch, clip and update.
 
         Returns:
-            The global L2 norm of the update's gradient, before clipping; None where there was no update.
+            The norms of the update's gradient; None where there was no update.
         """
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
         updates = self._deepspeed.is_gradient_accumulation_boundary()
+        self._squares.zero_()
         self._deepspeed.step()
-        return float(self._deepspeed.get_global_grad_norm()) if updates else None
+        return self._grad_norms(float(self._deepspeed.get_global_grad_norm())) if updates else None
+
+    def _add_squares(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Add up the squares of the clipped gradient that ZeRO hands to AdamW, group by group."""
+        stepped = {id(flat) for group in optimizer.param_groups for flat in group["params"]}
+        for name, parameter in self.module.named_parameters():
+            for flat, _inside, place in self._fragments(parameter):
+                if id(flat) in stepped:
+                    family = GradNorms._fields.index(parameter_family(name))
+                    assert flat.grad is not None
+                    self._squares[family] += vector_norm(flat.grad[place], dtype=torch.float64).square()
+
+    def _grad_norms(self, total: float) -> GradNorms:
+        self.sum_over_ranks(self._squares)
+        bound = self._config.optim.grad_clip
+        shrunk = max(1.0, (total + 1e-6) / bound) if bound else 1.0  # what ZeRO divided the gradient by
+        norms = (self._squares.sqrt() * shrunk).tolist()
+        present = {parameter_family(name) for name in self._layouts}
+        names = GradNorms._fields[1:]
+        return GradNorms(
+            total, *(norm if n in present else None for n, norm in zip(names, norms[1:], strict=True))
+        )
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks, in place."""
@@ -154,54 +186,54 @@ class Engine:
         """Whether it happened on any rank; every rank gets the same answer."""
         return bool(self.sum_over_ranks(torch.tensor(float(happened), device=self.world.device)))
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """The training state by kind and parameter name: fp32 `weights`, `exp_avg`, `exp_avg_sq`, and `rng`.
+    def from_rank_0(self, values: Tensor) -> Tensor:
+        """Overwrite a tensor with rank 0's, in place."""
+        torch.distributed.broadcast(values, src=0)
+        return values
 
-        A collective: every rank must call it, and each gets full tensors.
+    def state(self) -> Iterator[Fragment]:
+        """This rank's share of the training state; over all ranks, each element comes exactly once.
+
+        fp32 `weights`, `exp_avg` and `exp_avg_sq`, under the parameters' names and, for experts, at the
+        places of their ids among all experts. Views: nothing is copied.
         """
-        kinds: dict[str, dict[str, Tensor]] = {"weights": {}, "exp_avg": {}, "exp_avg_sq": {}}
         for name, parameter in self.module.named_parameters():
-            for kind, named in kinds.items():
-                full = torch.zeros(parameter.numel(), dtype=torch.float32, device=self.world.device)
-                for inside, fragment in self._fragments(parameter, kind):
-                    full[inside].copy_(fragment)
-                named[name] = self.sum_over_ranks(full).view(parameter.shape).cpu()
-        rng = {"cpu": torch.get_rng_state()}
-        if self.world.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.world.device)
-        return {**kinds, "rng": rng}
+            layout = self._layouts[name]
+            for flat, inside, place in self._fragments(parameter):
+                for kind in _KINDS:
+                    values = self._of_kind(flat, kind)[place]
+                    yield Fragment(kind, name, layout.shape, layout.start + inside.start, values)
 
     @torch.no_grad()
-    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], steps_taken: int) -> None:
-        """Put back what `state` returned.
-
-        Args:
-            state: kind -> name -> tensor.
-            steps_taken: optimizer steps behind that state, for Adam's bias correction.
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint of any topology; each rank reads only what it holds.
 
         Raises:
             CheckpointError: a tensor is missing, unexpected or of another shape; nothing was changed then.
         """
-        parameters = dict(self.module.named_parameters())
-        for kind in ("weights", "exp_avg", "exp_avg_sq"):
-            check_names(parameters, state[kind], kind)
+        for kind in _KINDS:
+            checkpoint.check_names(kind, {name: layout.shape for name, layout in self._layouts.items()})
         for flat in self._zero.single_partition_of_fp32_groups:
             self._zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(steps_taken), device=flat.device),
+                "step": torch.tensor(
+                    float(checkpoint.step), device=flat.device
+                ),  # for Adam's bias correction
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }
-        for name, parameter in parameters.items():
-            for kind in ("weights", "exp_avg", "exp_avg_sq"):
-                for inside, fragment in self._fragments(parameter, kind):
-                    fragment.copy_(state[kind][name].flatten()[inside])
-            parameter.copy_(state["weights"][name])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.world.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.world.device)
+        for name, parameter in self.module.named_parameters():
+            start = self._layouts[name].start
+            for flat, inside, place in self._fragments(parameter):
+                for kind in _KINDS:
+                    values = checkpoint.read(kind, name, start + inside.start, inside.stop - inside.start)
+                    self._of_kind(flat, kind)[place].copy_(values)
+            parameter.copy_(checkpoint.read("weights", name, start, parameter.numel()).view(parameter.shape))
 
-    def _fragments(self, parameter: nn.Parameter, kind: str) -> Iterator[tuple[slice, Tensor]]:
-        """This rank's part of a parameter's fp32 state: where it lies in the parameter, and a view of it.
+    def _of_kind(self, flat: Tensor, kind: str) -> Tensor:
+        return flat.detach() if kind == "weights" else self._zero.optimizer.state[flat][kind]
+
+    def _fragments(self, parameter: nn.Parameter) -> Iterator[tuple[Tensor, slice, slice]]:
+        """This rank's part of a parameter: the flat fp32 tensor it is in, and its places in both.
 
         ZeRO flattens the parameters of a group, splits the result over the ranks and records in `_hp_mapping`
         which slice of a parameter fell to this rank. DeepSpeed's own accessors are no help: they link the
@@ -210,13 +242,62 @@ class Engine:
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:
             return
-        flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
-        source = flat if kind == "weights" else self._zero.optimizer.state[flat][kind]
         inside, place = mapping.lp_fragment_address, mapping.hp_fragment_address
         yield (
+            self._zero.single_partition_of_fp32_groups[mapping.param_group_index],
             slice(inside.start, inside.start + inside.numel),
-            source.detach().narrow(0, place.start, place.numel),
+            slice(place.start, place.start + place.numel),
         )
+
+
+class _Layout(NamedTuple):
+    """Where a rank's parameter lies in the model's: the whole shape, and the first element in it."""
+
+    shape: tuple[int, ...]
+    start: int
+
+
+def _layouts(model: nn.Module) -> Iterator[tuple[str, _Layout]]:
+    ids = {
+        id(weight): (module.expert_ids, module.num_experts)
+        for module in model.modules()
+        if isinstance(module, GroupedExperts)
+        for weight in module.parameters()
+    }
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        if id(parameter) in ids:
+            here, num_experts = ids[id(parameter)]
+            yield name, _Layout((num_experts, *shape[1:]), here.start * parameter[0].numel())
+        else:
+            yield name, _Layout(shape, 0)
+
+
+def _split_experts(model: nn.Module, groups: list[dict[str, Any]], ep_size: int) -> list[dict[str, Any]]:
+    """Tell DeepSpeed which parameters differ between the ranks of an `ep_group`.
+
+    It looks for its own MoE layer among the modules; a marker without parameters is enough, and keeps ours
+    free of DeepSpeed.
+    """
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    class Marker(MoE):
+        def __init__(self, experts: GroupedExperts):
+            nn.Module.__init__(self)
+            self.num_experts, self.num_local_experts = experts.num_experts, len(experts.expert_ids)
+            self.ep_size, self.expert_group_name = ep_size, f"ep_size_{ep_size}"
+            self.enable_expert_tensor_parallelism = False
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            """The groups exist."""
+
+    for module in list(model.modules()):
+        if isinstance(module, GroupedExperts):
+            module.deepspeed_marker = Marker(module)
+            for weight in module.parameters():
+                weight.allreduce, weight.group_name = False, f"ep_size_{ep_size}"  # type: ignore[attr-defined]
+    return split_params_into_different_moe_groups_for_optimizer(groups)
 
 
 def _deepspeed_config(config: Config, world: World) -> dict[str, Any]:
@@ -240,6 +321,9 @@ def _deepspeed_config(config: Config, world: World) -> dict[str, Any]:
 
 
 def _quiet_deepspeed() -> None:
+    warnings.filterwarnings(
+        "ignore", message=r"`torch.distributed.all_gather_into_tensor`", category=FutureWarning
+    )
     for name, logger in logging.root.manager.loggerDict.items():
         if name.lower().startswith("deepspeed") and isinstance(logger, logging.Logger):
             logger.setLevel(logging.ERROR)

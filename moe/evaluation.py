@@ -26,8 +26,10 @@ def evaluate(engine: Engine, corpus: TokenizedCorpus, config: Config) -> dict[st
     per_forward = config.train.micro_batch_size
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     engine.module.eval()
-    for start in range(world.rank * per_forward, len(ids), world.size * per_forward):
-        samples = read_samples(corpus.validation, ids[start : start + per_forward], seq_len)
+    for start in range(0, len(ids), world.size * per_forward):
+        # The last batch may leave ranks without samples; they take part all the same, for their experts.
+        mine = start + world.rank * per_forward
+        samples = read_samples(corpus.validation, ids[mine : mine + per_forward], seq_len)
         tokens = torch.from_numpy(samples).to(world.device)
         logits = engine.module(tokens[:, :-1]).logits
         loss_sum += F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")

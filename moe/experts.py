@@ -30,20 +30,22 @@ class SwiGLU(nn.Module):
 
 
 class GroupedExperts(nn.Module):
-    """E SwiGLU experts in stacked weights `w_gate`, `w_up` (E, D, F) and `w_down` (E, F, D).
+    """The SwiGLU experts of one process in stacked weights `w_gate`, `w_up` (E, D, F) and `w_down` (E, F, D).
 
     Args:
-        num_experts: E.
+        num_experts: of the layer, in all processes.
+        expert_ids: E consecutive ones, those of this process.
         d_model: D.
         d_ff_expert: F.
         path: `grouped_mm` (fast) or `loop` (the reference; any dtype and width). `choose_expert_path` picks.
     """
 
-    def __init__(self, num_experts: int, d_model: int, d_ff_expert: int, path: ExpertPath):
+    def __init__(self, num_experts: int, expert_ids: range, d_model: int, d_ff_expert: int, path: ExpertPath):
         super().__init__()
-        self.w_gate = nn.Parameter(torch.empty(num_experts, d_model, d_ff_expert))
-        self.w_up = nn.Parameter(torch.empty(num_experts, d_model, d_ff_expert))
-        self.w_down = nn.Parameter(torch.empty(num_experts, d_ff_expert, d_model))
+        self.num_experts, self.expert_ids = num_experts, expert_ids
+        self.w_gate = nn.Parameter(torch.empty(len(expert_ids), d_model, d_ff_expert))
+        self.w_up = nn.Parameter(torch.empty(len(expert_ids), d_model, d_ff_expert))
+        self.w_down = nn.Parameter(torch.empty(len(expert_ids), d_ff_expert, d_model))
         self._grouped_mm = grouped_mm if path == "grouped_mm" else grouped_mm_reference
 
     def forward(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:

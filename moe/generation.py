@@ -1,16 +1,18 @@
 """Sample text from a model, and load a model from a finished run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from moe.checkpoint import CheckpointError, check_names, newest_checkpoint
+from moe.checkpoint import newest_checkpoint
 from moe.config import Config, ConfigError
 from moe.config_io import load_config
 from moe.data.tokenizer import read_tokenizer
 from moe.dispatch import LocalDispatcher
+from moe.manifest import CheckpointError
 from moe.ops.grouped_mm import choose_expert_path
 from moe.run_folder import RunFolder
 from moe.transformer import Transformer
@@ -26,6 +28,7 @@ def generate(
     seed: int,
     max_context: int,
     end_id: int | None = None,
+    agree: Callable[[Tensor], Tensor] = lambda token: token,
 ) -> Tensor:
     """Extend a prompt token by token, recomputing the context each time.
 
@@ -38,6 +41,7 @@ def generate(
         seed: of this text alone; the global random state is untouched.
         max_context: the model sees this many last tokens.
         end_id: stop after this token.
+        agree: what makes each new token (1,) the same on all ranks, where they share the experts.
 
     Returns:
         (S + new,) int64.
@@ -48,7 +52,7 @@ def generate(
     tokens = prompt
     for _ in range(max_new_tokens):
         logits = model(tokens[None, -max_context:]).logits[0, -1].float().cpu()
-        token = _sample(logits, temperature, top_p, generator).to(tokens.device)
+        token = agree(_sample(logits, temperature, top_p, generator).to(tokens.device))
         tokens = torch.cat([tokens, token])
         if token.item() == end_id:
             break
@@ -70,12 +74,14 @@ def load_model(run: Path, device: torch.device) -> tuple[Transformer, Tokenizer,
     if checkpoint is None:
         raise ConfigError("RUN", warnings[0] if warnings else f"{run} has no checkpoint yet")
     model = Transformer(config, LocalDispatcher(), choose_expert_path(device, torch.float32))
-    weights = checkpoint.read("weights")
+    parameters = dict(model.named_parameters())
     try:
-        check_names(dict(model.named_parameters()), weights, "weights")
+        checkpoint.check_names("weights", {name: tuple(p.shape) for name, p in parameters.items()})
     except CheckpointError as error:
-        raise ConfigError("RUN", f"{checkpoint.path} does not fit {folder.config} ({error})") from None
-    model.load_state_dict(weights)
+        raise ConfigError("RUN", f"{error}; {folder.config} is of another model") from None
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(checkpoint.read("weights", name).view(parameter.shape))
     return model.to(device).eval(), read_tokenizer(folder.tokenizer, "RUN"), config
 
 

@@ -5,10 +5,11 @@ Shape suffixes: B sequences, S positions, T = B * S tokens, K experts per token,
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from moe.config import MoEConfig
-from moe.dispatch import LocalDispatcher, expert_capacity
+from moe.dispatch import Dispatcher, expert_capacity
 from moe.experts import GroupedExperts, SwiGLU
 from moe.losses import count_assignments, load_balancing_loss, router_entropy, router_z_loss
 from moe.ops.grouped_mm import ExpertPath
@@ -27,6 +28,7 @@ class MoEAux(NamedTuple):
         tokens_per_expert: (E,) int64, assignments before dropping.
         dropped_tokens: () int64, assignments dropped for lack of capacity.
         router_entropy: () fp32, nats, detached.
+        dispatch_bytes: () int64, bytes of the token rows that this rank sent to other ranks' experts.
     """
 
     load_balancing_loss: Tensor
@@ -34,6 +36,7 @@ class MoEAux(NamedTuple):
     tokens_per_expert: Tensor
     dropped_tokens: Tensor
     router_entropy: Tensor
+    dispatch_bytes: Tensor
 
 
 class MoELayer(nn.Module):
@@ -45,7 +48,8 @@ class MoELayer(nn.Module):
        that no token's output depends on later tokens.
     3. The experts transform their rows.
     4. The dispatcher brings the rows back and sums them by gate weight.
-    5. Shared experts, if any, see every token and are added (Dai et al. 2024, DeepSeekMoE, eq. 9).
+    5. Shared experts, if any, see every token, while the rows travel, and are added (Dai et al. 2024,
+       DeepSeekMoE, eq. 9).
 
     Args:
         d_model: D.
@@ -54,13 +58,14 @@ class MoELayer(nn.Module):
         expert_path: how the experts multiply; see `choose_expert_path`.
     """
 
-    def __init__(self, d_model: int, moe: MoEConfig, dispatcher: LocalDispatcher, expert_path: ExpertPath):
+    def __init__(self, d_model: int, moe: MoEConfig, dispatcher: Dispatcher, expert_path: ExpertPath):
         super().__init__()
         self.num_experts = moe.num_experts
         self.capacity_factor = moe.capacity_factor
         self.dispatcher = dispatcher
         self.router = Router(d_model, moe.num_experts, moe.top_k, moe.normalize_gate_weights)
-        self.experts = GroupedExperts(moe.num_experts, d_model, moe.d_ff_expert, expert_path)
+        here = dispatcher.expert_ids(moe.num_experts)
+        self.experts = GroupedExperts(moe.num_experts, here, d_model, moe.d_ff_expert, expert_path)
         self.shared_experts = (
             SwiGLU(d_model, moe.num_shared_experts * moe.d_ff_expert) if moe.num_shared_experts else None
         )
@@ -81,18 +86,26 @@ class MoELayer(nn.Module):
         if self.training and self.capacity_factor is not None:
             capacity = expert_capacity(self.capacity_factor, num_tokens, top_k, self.num_experts)
 
-        rows_ND, rows_per_expert_E, metadata = self.dispatcher.dispatch(
+        sent = self.dispatcher.dispatch(
             tokens_TD, routed.expert_indices, routed.gate_weights, self.num_experts, capacity
         )
+        shared_TD = None if self.shared_experts is None else self.shared_experts(tokens_TD)
+        rows_ND, rows_per_expert_E, metadata = self.dispatcher.receive(sent)
         output_TD = self.dispatcher.combine(self.experts(rows_ND, rows_per_expert_E), metadata)
-        if self.shared_experts is not None:
-            output_TD = output_TD + self.shared_experts(tokens_TD)
+        if shared_TD is not None:
+            output_TD = output_TD + shared_TD
 
+        counts_E = count_assignments(routed.expert_indices, self.num_experts)
+        over_E = torch.zeros_like(counts_E) if capacity is None else (counts_E - capacity).clamp(min=0)
         aux = MoEAux(
-            load_balancing_loss(routed.router_probs, routed.expert_indices),
+            load_balancing_loss(
+                routed.router_probs.unflatten(0, hidden.shape[:2]),
+                routed.expert_indices.unflatten(0, hidden.shape[:2]),
+            ),
             router_z_loss(routed.router_logits),
-            count_assignments(routed.expert_indices, self.num_experts),
-            num_tokens * top_k - rows_per_expert_E.sum(),
+            counts_E,
+            over_E.sum(),
             router_entropy(routed.router_probs.detach()),
+            metadata.sent_bytes,
         )
         return output_TD.view_as(hidden), aux

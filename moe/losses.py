@@ -26,26 +26,25 @@ def load_balancing_loss(router_probs: Tensor, expert_indices: Tensor, valid: Ten
 
     f_i is the share of the T * K assignments that expert i got before any dropping, P_i its mean
     probability. The gradient flows through P only. After Fedus et al. 2021 (Switch Transformers), eq. 4,
-    with f averaged over the K choices.
+    with f averaged over the K choices. With a leading dimension of sequences it is the mean of the
+    sequences' losses (DeepSeek-AI 2024, DeepSeek-V3, eq. 17 to 20), which no grouping of sequences into
+    micro batches and ranks can change.
 
     Args:
-        router_probs: (T, E) fp32, rows sum to 1.
-        expert_indices: (T, K) int64.
-        valid: (T,) bool, false for padding, which counts in neither f nor P. None: every token counts.
+        router_probs: (T, E) or (B, T, E) fp32, rows sum to 1.
+        expert_indices: (T, K) or (B, T, K) int64.
+        valid: (T,) or (B, T) bool, false for padding, which counts in neither f nor P. None: every token
+            counts.
 
     Returns:
         () fp32, dimensionless.
     """
-    num_experts = router_probs.shape[1]
-    if valid is None:
-        counts_E = count_assignments(expert_indices, num_experts)
-        mean_probs_E = router_probs.mean(0)
-    else:
-        padded_TK = expert_indices.masked_fill(~valid[:, None], num_experts)
-        counts_E = count_assignments(padded_TK, num_experts + 1)[:num_experts]
-        mean_probs_E = _masked_mean(router_probs, valid)
-    share_E = counts_E.to(router_probs.dtype) / counts_E.sum()
-    return num_experts * (share_E * mean_probs_E).sum()
+    valid = torch.ones_like(expert_indices.select(-1, 0), dtype=torch.bool) if valid is None else valid
+    weights = valid.to(router_probs.dtype).unsqueeze(-1)
+    counts = torch.zeros_like(router_probs).scatter_(-1, expert_indices, weights.expand(expert_indices.shape))
+    shares = counts.sum(-2) / (expert_indices.shape[-1] * weights.sum(-2))
+    mean_probs = (router_probs * weights).sum(-2) / weights.sum(-2)
+    return router_probs.shape[-1] * (shares * mean_probs).sum(-1).mean()
 
 
 def router_z_loss(router_logits: Tensor, valid: Tensor | None = None) -> Tensor:

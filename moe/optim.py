@@ -23,6 +23,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+def parameter_family(name: str) -> str:
+    """`router`, `experts` (those that the router chooses among) or `dense` (everything else), by name."""
+    if ".router." in name:
+        return "router"
+    return "experts" if ".experts." in name else "dense"
+
+
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
     """Linear warm-up to `lr`, then a cosine to `lr * min_lr_ratio` at the last step.
 

@@ -1,5 +1,6 @@
 """What a finished run says of itself: `summary.json` and `sample.txt`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,9 +40,16 @@ def summarize(metrics: list[dict[str, Any]], ledger: Ledger, wall_s: float) -> d
 
 
 def write_samples(
-    model: torch.nn.Module, corpus: TokenizedCorpus, config: Config, device: torch.device
+    model: torch.nn.Module,
+    corpus: TokenizedCorpus,
+    config: Config,
+    device: torch.device,
+    agree: Callable[[torch.Tensor], torch.Tensor],
 ) -> str:
-    """Text from the model: one document from nothing, and the continuation of two validation texts."""
+    """Text from the model: one document from nothing, and the continuation of two validation texts.
+
+    All ranks write the same text together: each may hold a part of the experts; `agree` as in `generate`.
+    """
     end_id = corpus.tokenizer.token_to_id(corpus.end_token)
     assert end_id is not None
     middle = len(corpus.validation) // 2
@@ -50,7 +58,7 @@ def write_samples(
     for seed, prompt in enumerate(prompts):
         tokens = torch.tensor(prompt, device=device)
         tokens = generate(
-            model, tokens, _NEW_TOKENS, _TEMPERATURE, _TOP_P, seed, config.model.max_seq_len, end_id
+            model, tokens, _NEW_TOKENS, _TEMPERATURE, _TOP_P, seed, config.model.max_seq_len, end_id, agree
         ).tolist()
         title = "from nothing" if prompt == [end_id] else "a validation text, continued after the bar"
         given = corpus.tokenizer.decode(prompt).rstrip("\n") + " ||" if prompt != [end_id] else ""

@@ -86,8 +86,12 @@ class RunFolder:
             raise ConfigError("run.dir", f"cannot write to {self.path} ({error.strerror})") from None
 
 
-def open_run(config: Config) -> tuple[RunFolder, Checkpoint | None, list[str]]:
+def open_run(config: Config, check_content: bool) -> tuple[RunFolder, Checkpoint | None, list[str]]:
     """Look at the run's folder, writing nothing.
+
+    Args:
+        config: of the run to start.
+        check_content: compare the checkpoint with its checksums; one rank does it for all.
 
     Returns:
         The folder, the checkpoint to resume from (None: start fresh), and warnings about damaged ones.
@@ -101,7 +105,7 @@ def open_run(config: Config) -> tuple[RunFolder, Checkpoint | None, list[str]]:
         raise ConfigError(
             "run.resume", f"never, but {folder.path} already holds a run; choose another run.name"
         )
-    checkpoint, warnings = newest_checkpoint(folder.checkpoints)
+    checkpoint, warnings = newest_checkpoint(folder.checkpoints, check_content)
     if checkpoint is None and has_checkpoint(folder.checkpoints):
         raise ConfigError(
             "run.dir", f"{warnings[0].split('; ')[0]}, and so is every other one; choose another run.name"
@@ -113,7 +117,7 @@ def open_run(config: Config) -> tuple[RunFolder, Checkpoint | None, list[str]]:
     if checkpoint is None and config.run.resume == "must":
         raise ConfigError("run.resume", f"must, but {folder.path} holds no checkpoint; set it to auto")
     if checkpoint is not None:
-        _check_same_experiment(config, parse_config(checkpoint.info["config"]))
+        _check_same_experiment(config, parse_config(checkpoint.config))
         if checkpoint.step > config.train.steps:
             raise ConfigError(
                 "train.steps",

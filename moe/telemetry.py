@@ -33,6 +33,7 @@ class StepMeter:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._counts: Tensor | None = None
         self._dropped = torch.zeros((), dtype=torch.float64, device=device)
+        self._bytes = torch.zeros((), dtype=torch.int64, device=device)
         self._forwards = 0
 
     def add(self, lm_loss: Tensor, aux: MoEAux | None) -> None:
@@ -45,11 +46,13 @@ class StepMeter:
             self._sums[3] += aux.router_entropy.mean()
             self._counts = aux.tokens_per_expert + (0 if self._counts is None else self._counts)
             self._dropped += aux.dropped_tokens.sum()
+            self._bytes += aux.dispatch_bytes.sum()
 
     def tensors(self) -> Iterator[Tensor]:
         """The sums, to be added up over ranks in place."""
         yield self._sums
         yield self._dropped
+        yield self._bytes
         if self._counts is not None:
             yield self._counts
 
@@ -68,10 +71,17 @@ class StepMeter:
             "moe/dropped_fraction": float(self._dropped / counts_LE.sum()),
             "moe/router_entropy": entropy,
             "moe/dead_experts": int((counts_LE == 0).sum()),
+            "comm/dispatch_bytes": int(self._bytes),
         }
 
 
-_ROUTER_METRICS = ("moe/load_imbalance", "moe/dropped_fraction", "moe/router_entropy", "moe/dead_experts")
+_ROUTER_METRICS = (
+    "moe/load_imbalance",
+    "moe/dropped_fraction",
+    "moe/router_entropy",
+    "moe/dead_experts",
+    "comm/dispatch_bytes",
+)
 
 
 class MetricsLog:
@@ -161,12 +171,13 @@ class WandbMirror:
             )
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_environment(num_ranks: int) -> dict[str, Any]:
     """What produced the run: code version, library versions, hardware, command."""
     root = Path(__file__).parent.parent
     has_cuda = torch.cuda.is_available()
     return {
         "command": sys.argv,
+        "ranks": num_ranks,
         "git_sha": _git(root, "rev-parse", "HEAD"),
         "git_dirty": None if (status := _git(root, "status", "--porcelain")) is None else bool(status),
         "python": platform.python_version(),

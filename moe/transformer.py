@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe.attention import NORM_EPS, Attention, rotary_tables
 from moe.config import Config, moe_layers
-from moe.dispatch import LocalDispatcher
+from moe.dispatch import Dispatcher
 from moe.experts import GroupedExperts, SwiGLU
 from moe.layer import MoEAux, MoELayer
 from moe.ops.grouped_mm import ExpertPath
@@ -33,7 +33,7 @@ class TransformerOutput(NamedTuple):
 class Block(nn.Module):
     """Pre-norm attention, then a pre-norm feed-forward part that is a `MoELayer` or a dense `SwiGLU`."""
 
-    def __init__(self, config: Config, layer: int, dispatcher: LocalDispatcher, expert_path: ExpertPath):
+    def __init__(self, config: Config, layer: int, dispatcher: Dispatcher, expert_path: ExpertPath):
         super().__init__()
         model, moe = config.model, config.moe
         self.attention_norm = nn.RMSNorm(model.d_model, NORM_EPS)
@@ -65,7 +65,7 @@ class Transformer(nn.Module):
         expert_path: how the experts multiply; see `choose_expert_path`.
     """
 
-    def __init__(self, config: Config, dispatcher: LocalDispatcher, expert_path: ExpertPath):
+    def __init__(self, config: Config, dispatcher: Dispatcher, expert_path: ExpertPath):
         super().__init__()
         model = config.model
         assert model.vocab_size is not None, "model.vocab_size must be resolved from the tokenizer"
@@ -117,8 +117,8 @@ def init_weights(model: nn.Module, seed: int) -> None:
     """
     n_layers = sum(isinstance(module, Attention) for module in model.modules())
     residual_scale = 1 / math.sqrt(2 * max(n_layers, 1))
-    expert_stacks = {
-        id(weight)
+    experts_of = {
+        id(weight): module.expert_ids
         for module in model.modules()
         if isinstance(module, GroupedExperts)
         for weight in module.parameters()
@@ -136,8 +136,9 @@ def init_weights(model: nn.Module, seed: int) -> None:
             std = 1 / math.sqrt(weight.shape[-2] if kind.startswith("w_") else weight.shape[-1])
         if kind == "w_down" or name.endswith("attention.output.weight"):
             std *= residual_scale
-        stack = weight.unbind(0) if id(weight) in expert_stacks else [weight]
-        for expert, part in enumerate(stack):
+        experts = experts_of.get(id(weight))
+        parts = [(0, weight)] if experts is None else zip(experts, weight.unbind(0), strict=True)
+        for expert, part in parts:
             values = torch.empty(part.shape, dtype=torch.float32)
             generator = torch.Generator().manual_seed(_derive_seed(seed, name, expert))
             nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe.checkpoint import CheckpointError
+from moe.checkpoint import newest_checkpoint, save_checkpoint
 from moe.config import ConfigError
 from moe.config_io import parse_config
 from moe.dispatch import LocalDispatcher
-from moe.engine import Engine, start, world_size
+from moe.distributed.launch import world_size
+from moe.engine import Engine, start
+from moe.manifest import CheckpointError
 from moe.optim import learning_rate, parameter_groups
 from moe.transformer import Transformer, init_weights
 
@@ -56,15 +58,29 @@ def run_engine(engine, config, steps, first=0):
     losses, norms = [], []
     micro = config.train.micro_batch_size
     for step in range(first, first + steps):
-        total, norm = 0.0, 0.0
+        total, norms_of_step = 0.0, None
         for part in batches(20)[step].split(micro):
             loss = loss_of(engine(part[:, :-1]), part)
             engine.backward(loss)
-            norm = engine.step(learning_rate(step, 10, config.optim))
+            norms_of_step = engine.step(learning_rate(step, 10, config.optim))
             total += loss.item() * micro / 8
         losses.append(total)
-        norms.append(norm)
+        norms.append(norms_of_step.total)
     return losses, norms
+
+
+def full_state(engine):
+    """Kind -> name -> tensor, put together from the fragments of one rank."""
+    state = {}
+    for kind, name, shape, first, values in engine.state():
+        whole = state.setdefault(kind, {}).setdefault(name, torch.full(shape, float("nan")))
+        whole.view(-1)[first : first + len(values)] = values
+    return state
+
+
+def saved(engine, folder, step, change=lambda fragments: fragments):
+    save_checkpoint(folder, step, change(engine.state()), {}, {}, 1)
+    return newest_checkpoint(folder)[0]
 
 
 def run_plain(config, steps):
@@ -116,7 +132,7 @@ def test_accumulation_gives_the_cross_entropy_gradient_of_the_whole_batch(proces
             logits, _ = engine(part[:, :-1])
             engine.backward(F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten()))
             engine.step(1e-3)
-        gradients.append({name: moment / 0.1 for name, moment in engine.state()["exp_avg"].items()})
+        gradients.append({name: moment / 0.1 for name, moment in full_state(engine)["exp_avg"].items()})
     tolerance = {"fp32": dict(rtol=1e-3, atol=1e-7), "bf16": dict(rtol=0.1, atol=2e-3)}[precision]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, **tolerance, msg=name)
@@ -124,34 +140,36 @@ def test_accumulation_gives_the_cross_entropy_gradient_of_the_whole_batch(proces
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero_stage", [1, 2])
-def test_training_goes_on_bit_for_bit_after_state_and_load_state(process_group, zero_stage, precision):
+def test_training_goes_on_bit_for_bit_after_saving_and_loading(
+    process_group, zero_stage, precision, tmp_path
+):
     config = make_config(parallel={"zero_stage": zero_stage, "precision": precision})
     first = Engine(make_model(config), config, process_group)
     run_engine(first, config, 4)
-    state = first.state()
+    checkpoint = saved(first, tmp_path, 4)
     expected, _ = run_engine(first, config, 4, first=4)
 
     other_init = make_model(config)
     init_weights(other_init, seed=99)
     second = Engine(other_init, config, process_group)
-    second.load_state(state, steps_taken=4)
+    second.load_state(checkpoint)
     got, _ = run_engine(second, config, 4, first=4)
     assert got == expected
-    for kind, named in first.state().items():
+    for kind, named in full_state(first).items():
         for name, tensor in named.items():
-            if kind != "rng":
-                assert torch.equal(second.state()[kind][name], tensor), (kind, name)
+            assert torch.equal(full_state(second)[kind][name], tensor), (kind, name)
 
 
 def test_state_is_under_parameter_names_in_fp32_and_moments_are_those_of_adam(process_group):
     config = make_config(parallel={"precision": "bf16"})
     engine = Engine(make_model(config), config, process_group)
     run_engine(engine, config, 1)
-    state = engine.state()
+    state = full_state(engine)
     shapes = {name: tuple(p.shape) for name, p in engine.module.named_parameters()}
-    for kind in ("weights", "exp_avg", "exp_avg_sq"):
-        assert {name: tuple(tensor.shape) for name, tensor in state[kind].items()} == shapes
-        assert all(tensor.dtype == torch.float32 for tensor in state[kind].values())
+    assert state.keys() == {"weights", "exp_avg", "exp_avg_sq"}
+    for named in state.values():
+        assert {name: tuple(tensor.shape) for name, tensor in named.items()} == shapes
+        assert all(torch.isfinite(tensor).all() for tensor in named.values())
     # After one step exp_avg = 0.1 g and exp_avg_sq = 0.05 g^2, whatever g is.
     for name, moment in state["exp_avg"].items():
         gradient = moment / 0.1
@@ -160,17 +178,38 @@ def test_state_is_under_parameter_names_in_fp32_and_moments_are_those_of_adam(pr
         )
 
 
-def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(process_group):
+def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(process_group, tmp_path):
     config = make_config()
     engine = Engine(make_model(config), config, process_group)
     run_engine(engine, config, 1)
-    state, before = engine.state(), engine.state()
-    del state["exp_avg"]["blocks.1.ffn.experts.w_up"]
+    gone = ("exp_avg", "blocks.1.ffn.experts.w_up")
+    checkpoint = saved(engine, tmp_path, 1, lambda all_of: (f for f in all_of if f[:2] != gone))
+    before = {name: tensor.clone() for name, tensor in full_state(engine)["weights"].items()}
+    run_engine(engine, config, 1)
+    after = full_state(engine)["weights"]
     with pytest.raises(CheckpointError, match=r"exp_avg: missing \['blocks.1.ffn.experts.w_up'\]"):
-        engine.load_state(state, 1)
-    assert all(
-        torch.equal(before["weights"][name], tensor) for name, tensor in engine.state()["weights"].items()
-    )
+        engine.load_state(checkpoint)
+    for name, tensor in full_state(engine)["weights"].items():
+        assert torch.equal(tensor, after[name])
+        assert not torch.equal(tensor, before[name])
+
+
+def test_the_norms_of_the_families_are_those_of_their_gradients(process_group):
+    config = make_config(moe={"num_shared_experts": 1})
+    engine = Engine(make_model(config), config, process_group)
+    tokens = batches(1)[0]
+    engine.backward(loss_of(engine(tokens[:, :-1]), tokens))
+    norms = engine.step(1e-3)
+    model = make_model(config)
+    loss_of(model(tokens[:, :-1]), tokens).backward()
+    families = {"router": [], "experts": [], "dense": []}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[-2]
+        families[part if part in families else "dense"].append(parameter.grad)
+    assert norms.total > config.optim.grad_clip, "the clipping must bite"
+    for family, gradients in families.items():
+        expected = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+        assert norms.families()[family] == pytest.approx(expected, rel=1e-5), family
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -188,7 +227,7 @@ def test_every_parameter_moves_after_a_step(process_group):
     engine = Engine(make_model(config), config, process_group)
     run_engine(engine, config, 1)
     initial = dict(make_model(config).named_parameters())
-    for name, weight in engine.state()["weights"].items():
+    for name, weight in full_state(engine)["weights"].items():
         assert not torch.equal(weight, initial[name]), name
 
 
@@ -200,7 +239,7 @@ def test_bf16_keeps_the_router_in_fp32_arithmetic_and_an_fp32_master(process_gro
     engine.module.blocks[0].ffn.router.register_forward_hook(lambda _m, _i, out: seen.append(out))
     run_engine(engine, config, 2)
     assert {out.router_logits.dtype for out in seen} == {torch.float32}
-    master = engine.state()["weights"]["blocks.0.ffn.router.weight"]
+    master = full_state(engine)["weights"]["blocks.0.ffn.router.weight"]
     assert not torch.equal(master, master.bfloat16().float())
 
 
@@ -222,10 +261,11 @@ def test_one_process_needs_no_launcher_compiler_or_mpi_and_deepspeed_keeps_quiet
         def refuse(*_, **__): raise AssertionError("tried to compile")
         cpp.load = cpp.load_inline = refuse
         from tests.test_engine import make_config, make_model, run_engine
-        from moe.engine import Engine, start, stop
+        from moe.distributed.launch import leave
+        from moe.engine import Engine, start
         config = make_config()
         run_engine(Engine(make_model(config), config, start(config.parallel)), config, 2)
-        stop()
+        leave()
     """)
     environment = {"PATH": "", "HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
     (tmp_path / "extensions" / "deepspeed_shm_comm").mkdir(parents=True)

@@ -104,7 +104,7 @@ def test_gradcheck_on_a_tiny_layer(capacity_factor):
 
 
 def test_one_expert_equals_the_dense_block():
-    experts = GroupedExperts(1, D_MODEL, 24, "grouped_mm")
+    experts = GroupedExperts(1, range(1), D_MODEL, 24, "grouped_mm")
     dense = SwiGLU(D_MODEL, 24)
     init_weights(dense, 0)
     experts.load_state_dict({name: weight[None] for name, weight in dense.state_dict().items()})

@@ -29,6 +29,22 @@ def test_balance_loss_of_a_hand_worked_batch():
     assert load_balancing_loss(probs, indices).item() == pytest.approx(1.0875, abs=1e-6)
 
 
+def test_balance_loss_of_sequences_is_the_mean_of_theirs_and_no_grouping_changes_it():
+    logits = torch.randn(4, 7, 6, dtype=torch.float64)
+    probs, indices = logits.softmax(-1), logits.topk(2, dim=-1).indices
+    alone = [load_balancing_loss(p, i) for p, i in zip(probs, indices, strict=True)]
+    torch.testing.assert_close(load_balancing_loss(probs, indices), torch.stack(alone).mean())
+    halves = [load_balancing_loss(probs[part], indices[part]) for part in (slice(0, 2), slice(2, 4))]
+    torch.testing.assert_close(load_balancing_loss(probs, indices), torch.stack(halves).mean())
+
+
+def test_opposite_sequences_are_not_balanced_together():
+    probs = torch.zeros(2, 8, 2)
+    probs[0, :, 0] = probs[1, :, 1] = 1
+    indices = torch.tensor([[0], [1]]).expand(2, 8)[..., None]
+    assert load_balancing_loss(probs, indices).item() == 2.0
+
+
 def test_gradient_reaches_the_router_through_the_probabilities_only():
     logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     indices = logits.topk(2, dim=1).indices

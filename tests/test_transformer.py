@@ -159,7 +159,7 @@ def test_the_gpu_models_forward_meets_no_device_dtype_or_sync_error_on_fake_cuda
     ]
     config = load_config(CONFIGS / name, settings)
     with FakeTensorMode(), torch.no_grad():
-        model = on_fake_cuda(config, "grouped_mm", torch.bfloat16)
+        model = on_fake_cuda(lambda: Transformer(config, LocalDispatcher(), "grouped_mm"), torch.bfloat16)
         tokens = torch.zeros(2, config.data.seq_len, dtype=torch.int64, device="cuda")
         logits, aux = model(tokens)
     assert logits.shape == (2, config.data.seq_len, 50304)
@@ -170,14 +170,16 @@ def test_the_gpu_models_forward_meets_no_device_dtype_or_sync_error_on_fake_cuda
 
 def test_fake_cuda_would_notice_a_host_sync():
     with FakeTensorMode(), torch.no_grad():
-        model = on_fake_cuda(parse_config(SMALL), "loop", torch.bfloat16)
+        model = on_fake_cuda(
+            lambda: Transformer(parse_config(SMALL), LocalDispatcher(), "loop"), torch.bfloat16
+        )
         with pytest.raises(Exception, match=r"data-dependent|DataDependent|aten\._local_scalar_dense"):
             model(torch.zeros(1, 8, dtype=torch.int64, device="cuda"))
 
 
-def on_fake_cuda(config, path, dtype):
+def on_fake_cuda(make, dtype):
     with torch.device("meta"):  # a CPU build cannot run the initialisers of torch.nn on fake CUDA tensors
-        model = Transformer(config, LocalDispatcher(), path)
+        model = make()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=dtype, device="cuda")

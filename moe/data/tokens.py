@@ -135,7 +135,8 @@ def read_samples(tokens: np.ndarray, ids: np.ndarray, seq_len: int) -> np.ndarra
     Returns:
         (B, S + 1) int64: inputs are `[:, :-1]`, targets `[:, 1:]`.
     """
-    return np.stack([tokens[i * seq_len : (i + 1) * seq_len + 1] for i in ids]).astype(np.int64)
+    samples = [tokens[i * seq_len : (i + 1) * seq_len + 1] for i in ids]
+    return np.array(samples, dtype=np.int64).reshape(len(ids), seq_len + 1)
 
 
 def _hash(settings: dict[str, Any]) -> str:

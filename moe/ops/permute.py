@@ -79,6 +79,27 @@ def plan_permutation(
     )
 
 
+def plan_routed(places: Tensor, num_places: int, num_rows: int) -> Permutation:
+    """Sort the assignments that have a place, leaving out those marked with `num_places`.
+
+    Args:
+        places: (T, K) int64 from 0 to `num_places`, which marks an assignment that goes nowhere.
+        num_places: E experts, or ranks.
+        num_rows: N, how many assignments have a place.
+
+    Returns:
+        The plan, with E = `num_places`.
+    """
+    order_A = places.flatten().argsort(stable=True)
+    row_A = _inverse(order_A).clamp(max=max(num_rows - 1, 0))
+    return Permutation(
+        assignment_of_row=order_A.narrow(0, 0, num_rows),
+        row_of_assignment=row_A.view(places.shape),
+        tokens_per_expert=count_assignments(places, num_places + 1).narrow(0, 0, num_places),
+        kept=places < num_places,
+    )
+
+
 def permute(hidden: Tensor, permutation: Permutation) -> Tensor:
     """Copy each token's row once per kept assignment, in expert order.
 

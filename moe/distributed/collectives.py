@@ -1,0 +1,105 @@
+"""Uneven all-to-all of rows, differentiable and asynchronous, and the one wait for the device it needs.
+
+Shape suffixes: R ranks, N rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, all_to_all_single
+
+
+def exchange_counts(counts: Tensor, group: ProcessGroup) -> tuple[list[list[int]], list[list[int]]]:
+    """Tell every rank how much it is about to get. Waits for the device: the one place in a MoE layer.
+
+    Args:
+        counts: (R, C) int64, C numbers for each rank of the group.
+        group: of R ranks.
+
+    Returns:
+        The numbers that this rank sent and those that it got, as R lists of C each.
+    """
+    received = torch.empty_like(counts)
+    all_to_all_single(received, counts.contiguous(), group=group)
+    sent_here, received_here = torch.stack([counts, received]).tolist()
+    return sent_here, received_here
+
+
+class RowExchange:
+    """One uneven all-to-all of rows, and in the backward pass the reverse one of their gradients.
+
+    What autograd runs between `start` and `wait` overlaps with the transfer; in the backward pass, where the
+    order is reversed, so do its gradients.
+
+    Args:
+        send: rows for each rank of the group, in the order of the rows.
+        receive: rows from each rank.
+        group: the ranks.
+    """
+
+    def __init__(self, send: list[int], receive: list[int], group: ProcessGroup):
+        self.send, self.receive, self.group = send, receive, group
+
+    def start(self, rows: Tensor) -> Tensor:
+        """Begin to send.
+
+        Args:
+            rows: (sum(send), ...), any dtype.
+
+        Returns:
+            (sum(receive), ...), to be read by `wait` only: its content is still on the way.
+        """
+        return _Start.apply(rows, self)
+
+    def wait(self, in_flight: Tensor) -> Tensor:
+        """End the transfer and return what arrived.
+
+        Args:
+            in_flight: what `start` returned.
+        """
+        return _Wait.apply(in_flight, self)
+
+    def run(self, rows: Tensor) -> Tensor:
+        """`start` and `wait` in one."""
+        return self.wait(self.start(rows))
+
+    def begin(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Start one transfer without autograd; `end` must follow before the next."""
+        received = rows.new_empty(sum(receive), *rows.shape[1:])
+        rows = rows.contiguous()
+        work = all_to_all_single(received, rows, receive, send, self.group, async_op=True)
+        self._under_way = work, received, rows  # alive until the transfer ends
+        return received
+
+    def end(self) -> Tensor:
+        """Wait for what `begin` started (on CPU the process, on a GPU its stream); what arrived."""
+        work, received, _ = self._under_way
+        work.wait()
+        del self._under_way
+        return received
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, exchange: RowExchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.begin(rows, exchange.send, exchange.receive)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.end(), None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, in_flight: Tensor, exchange: RowExchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.end()
+        return in_flight.view_as(in_flight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        exchange: RowExchange = ctx.exchange
+        exchange.begin(grads[0], exchange.receive, exchange.send)
+        return grads[0], None  # of the right shape for autograd; _Start replaces it by what arrives

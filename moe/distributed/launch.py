@@ -1,0 +1,108 @@
+"""What a launcher tells a process, joining the others, and finding out who is missing."""
+
+import datetime
+import os
+import time
+
+import torch
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
+
+from moe.config import ConfigError, ParallelConfig
+from moe.config_io import first_line
+
+_PATIENCE_S = 5.0
+
+
+def world_size() -> int:
+    """Number of processes that the launcher started; 1 without one.
+
+    Raises:
+        ConfigError: the environment is half a launcher's.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 1
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError("WORLD_SIZE", f"is set but {', '.join(missing)} not; use torchrun, or unset it")
+    return int(os.environ["WORLD_SIZE"])
+
+
+def rank() -> int:
+    """Place of this process among them."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
+
+
+def choose_device(parallel: ParallelConfig) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        ConfigError: cuda is asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if parallel.device == "cuda" and not has_cuda:
+        raise ConfigError("parallel.device", "torch sees no CUDA device; set it to cpu or auto")
+    if parallel.device == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def join(parallel: ParallelConfig, device: torch.device) -> None:
+    """Join the process group of all ranks; under no launcher, make one of size 1. Done once per process."""
+    if torch.distributed.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=parallel.timeout_s)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    else:
+        # No launcher: DeepSpeed would ask for mpi4py. A store in memory needs no free port either.
+        store = HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def leave() -> None:
+    """Leave the process group, for good: DeepSpeed keeps references to it and cannot start a second one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def set_timeouts(timeout_s: float) -> None:
+    """Bound the collectives of every group there is; torch gives a new one 10 (NCCL) or 30 minutes (gloo)."""
+    for group in list(_world.pg_map):
+        _set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
+
+
+def why_lost(error: RuntimeError) -> str | None:
+    """One line on a collective that failed, and on who is missing; None where the error is no collective's.
+
+    To be called on every rank on which one failed: calling it says that this rank is alive. A rank that says
+    nothing within some seconds died, hangs, or is too busy to have noticed.
+    """
+    text = str(error)
+    is_collective = isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text
+    if not is_collective or world_size() == 1:
+        return None
+    silent = _silent_ranks()
+    who = f"no sign of life from rank {', '.join(map(str, silent))}" if silent else "every rank is alive"
+    return f"rank {rank()}: {first_line(error)}: {who}"
+
+
+def _silent_ranks() -> list[int]:
+    store = _get_default_store()
+    deadline = time.monotonic() + _PATIENCE_S
+    silent = []
+    try:
+        store.set(f"alive/{rank()}", "1")
+        for other in range(world_size()):
+            left = max(deadline - time.monotonic(), 0.05)
+            try:
+                store.wait([f"alive/{other}"], datetime.timedelta(seconds=left))
+            except torch.distributed.DistStoreError:
+                silent.append(other)
+    except (torch.distributed.DistNetworkError, ConnectionError):
+        return [0]  # which keeps the store, where no launcher does
+    return silent

@@ -1,0 +1,66 @@
+"""Run a function on several real gloo ranks, each a process of its own."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+
+import torch
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.ranks", "train", "deepspeed", "deepspeed.moe.layer"])
+
+
+def run_ranks(world_size, function, *arguments, timeout_s=240):
+    """Call a module-level function on every rank; the results in the order of ranks.
+
+    Fails with the traceback of the first rank that raised, or if a rank died or has not finished in time.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receiver, sender = _CONTEXT.Pipe(duplex=False)
+        process = _CONTEXT.Process(
+            target=_rank, args=(rank, world_size, port, sender, function, arguments), daemon=True
+        )
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    try:
+        results, failures = [], []
+        for rank, pipe in enumerate(pipes):
+            assert pipe.poll(timeout_s), f"rank {rank} of {function.__name__} hangs"
+            try:
+                ok, result = pipe.recv()
+            except EOFError:
+                ok, result = False, "died"
+            results.append(result)
+            if not ok:
+                failures.append(f"rank {rank}: {result}")
+        assert not failures, "\n".join(failures)
+        return results
+    finally:
+        for process in processes:
+            process.join(5 if sys.exc_info()[0] is None else 0.1)
+            process.kill()
+
+
+def _rank(rank, world_size, port, pipe, function, arguments):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    try:
+        outcome = (True, function(*arguments))
+    except BaseException:
+        outcome = (False, traceback.format_exc())
+    pipe.send(outcome)
+    os._exit(0)
