@@ -25,6 +25,7 @@ from moe import manifest as manifests
 from moe.manifest import CheckpointError, Manifest, Piece, Shard, TensorEntry, Written
 
 _SHARD_BYTES = 2**28  # a GPU rank copies this much to the host at a time, or one fragment where that is more
+_READ_ELEMENTS = 2**20  # of a shard that are in memory beside the tensor that is read
 _NAME = re.compile(r"step-(\d{8})")
 _Result = TypeVar("_Result")
 
@@ -105,14 +106,18 @@ class Checkpoint:
             if first < last:
                 try:
                     stored = self._open(piece.shard).get_slice(f"{kind}/{name}")
-                    out[first - start : last - start] = stored[first - piece.start : last - piece.start]
+                    if stored.get_shape() != [piece.numel]:
+                        raise RuntimeError(f"has shape {stored.get_shape()}, not [{piece.numel}]")
+                    for place in range(first, last, _READ_ELEMENTS):  # a slice is a copy
+                        end = min(place + _READ_ELEMENTS, last)
+                        out[place - start : end - start] = stored[place - piece.start : end - piece.start]
                 except (SafetensorError, RuntimeError) as error:
                     raise CheckpointError(f"{self.path / piece.shard}: {kind}/{name}: {error}") from None
         return out
 
     def _open(self, shard: str) -> Any:
         if shard not in self._opened:
-            self._opened[shard] = safe_open(self.path / shard, "pt")
+            self._opened[shard] = safe_open(self.path / shard, "pt", backend="pread")
         return self._opened[shard]
 
 
@@ -215,7 +220,9 @@ def set_aside_newer(folder: Path, step: int) -> None:
     """Rename checkpoints past `step`, which are damaged, so that the run can write those steps again."""
     for newer_step, path in _list(folder):
         if newer_step > step:
-            shutil.rmtree(folder / f"damaged-{path.name}", ignore_errors=True)
+            damaged = folder / f"damaged-{path.name}"
+            if damaged.is_symlink() or damaged.exists():
+                _delete(damaged)
             path.rename(folder / f"damaged-{path.name}")
 
 
@@ -239,7 +246,7 @@ def _on_all_ranks(action: Callable[[], _Result]) -> list[_Result]:
 def _clear(scratch: Path) -> None:
     """Make an empty folder, and remove what killed runs left half done."""
     for left_over in scratch.parent.glob(".step-*"):
-        left_over.unlink() if left_over.is_symlink() else shutil.rmtree(left_over)
+        _delete(left_over)
     scratch.mkdir(parents=True)
 
 
@@ -261,10 +268,11 @@ def _write_shards(scratch: Path, rank: int, fragments: Iterable[Fragment]) -> Wr
     for kind, tensor_name, shape, start, values in fragments:
         if not values.isfinite().all():
             raise CheckpointError(f"{kind} of {tensor_name} are not finite and were not saved")
-        if batch and batch_bytes + values.nbytes > _SHARD_BYTES:
+        key = f"{kind}/{tensor_name}"
+        if key in batch or (batch and batch_bytes + values.nbytes > _SHARD_BYTES):
             flush()
             batch_bytes = 0
-        batch[f"{kind}/{tensor_name}"] = values.detach().cpu()
+        batch[key] = values.detach().cpu()
         batch_bytes += values.nbytes
         piece = Piece(shard=name(), start=start, numel=values.numel())
         written.places.append((kind, tensor_name, list(shape), piece))
@@ -280,7 +288,7 @@ def _publish(scratch: Path, final: Path, manifest: Manifest) -> None:
     manifests.check_pieces(manifest)
     manifests.write_manifest(scratch / "manifest.json", manifest)
     _flush(scratch / "manifest.json")
-    if final.exists():
+    if final.is_symlink() or final.exists():
         _remove(final)
     scratch.rename(final)
     _flush(final.parent)
@@ -299,7 +307,12 @@ def _remove(path: Path) -> None:
     """Delete a checkpoint; a reader that comes in between sees none rather than half of one."""
     hidden = path.with_name(f".{path.name}.removed")
     path.rename(hidden)
-    shutil.rmtree(hidden)
+    _delete(hidden)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder, or a link that someone put in its place."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def _flush(path: Path) -> None:

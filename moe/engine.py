@@ -225,8 +225,9 @@ class Engine:
             start = self._layouts[name].start
             for flat, inside, place in self._fragments(parameter):
                 for kind in _KINDS:
-                    values = checkpoint.read(kind, name, start + inside.start, inside.stop - inside.start)
-                    self._of_kind(flat, kind)[place].copy_(values)
+                    self._of_kind(flat, kind)[place].copy_(
+                        checkpoint.read(kind, name, start + inside.start, inside.stop - inside.start)
+                    )
             parameter.copy_(checkpoint.read("weights", name, start, parameter.numel()).view(parameter.shape))
 
     def _of_kind(self, flat: Tensor, kind: str) -> Tensor:

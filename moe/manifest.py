@@ -98,6 +98,8 @@ def read_manifest(path: Path) -> Manifest:
         CheckpointError: it is not what was written.
         OSError: it cannot be read at all.
     """
+    if path.is_symlink():
+        raise CheckpointError("manifest.json is a link")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         if body.get("format") != FORMAT:

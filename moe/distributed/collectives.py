@@ -69,6 +69,7 @@ class RowExchange:
         received = rows.new_empty(sum(receive), *rows.shape[1:])
         rows = rows.contiguous()
         work = all_to_all_single(received, rows, receive, send, self.group, async_op=True)
+        assert work is not None
         self._under_way = work, received, rows  # alive until the transfer ends
         return received
 

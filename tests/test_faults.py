@@ -1,0 +1,347 @@
+"""Two real ranks that split the experts: killed, hung, told to stop, out of samples, or misconfigured."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+import torch
+from torch.distributed.distributed_c10d import _world
+
+import train
+from moe.config_io import load_config
+from moe.data.tokens import num_samples, prepare_corpus
+from moe.dispatch import choose_dispatcher
+from moe.engine import Engine, start
+from moe.transformer import Transformer
+from tests.conftest import read_lines
+from tests.ranks import run_ranks
+from tests.test_engine import batches, loss_of, make_config
+from tests.test_launchers import DEEPSPEED, ROOT, TORCHRUN, free_port, stopped_at_the_end
+from tests.test_train import assert_same_run
+
+TWO_RANKS = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
+STEPS = 60  # enough of them that a signal sent at the second arrives before the last
+KILLS = 20
+PATIENCE_S = 20  # from a rank's death to the end of the job, on a busy machine
+
+
+@pytest.fixture(scope="module")
+def arguments(small) -> list[str]:
+    overrides = [f"train.steps={STEPS}", "train.eval_interval=30", "train.checkpoint_interval=20"]
+    return [*small, *overrides, "parallel.ep_size=2"]
+
+
+@pytest.fixture(scope="module")
+def reference(arguments, tmp_path_factory) -> Path:
+    return finished(arguments, tmp_path_factory.mktemp("reference") / "run")[0]
+
+
+@pytest.mark.slow
+def test_a_run_whose_ranks_are_killed_at_random_moments_ends_as_the_undisturbed_one(arguments, tmp_path):
+    """Under a torchrun that restarts them, every other time while a checkpoint is written."""
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    choice = random.Random(seed)
+    arguments = [*arguments, f"train.steps={18 * KILLS}", "train.eval_interval=50"]
+    launcher = [*TWO_RANKS, "--max-restarts", str(KILLS + 10)]
+    restarted_at, torn = [], 0
+    with launched(
+        launcher,
+        [*arguments, "train.checkpoint_interval=2"],
+        tmp_path / "killed",
+        TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1",  # the survivor need not say who is missing
+    ) as job:
+        for kill in range(KILLS):
+            target = last_logged_step(job.run) + choice.randint(1, 12)
+            in_write = kill % 2 == 0
+
+            def ready(target=target, in_write=in_write):
+                return last_logged_step(job.run) >= target and (not in_write or unfinished(job.run))
+
+            job.wait_until(ready, "training goes on after a restart")
+            time.sleep(choice.uniform(0, 0.01 if in_write else 0.05))
+            ranks = job.ranks()
+            ranks[choice.randrange(2)].send_signal(signal.SIGKILL)
+            _, alive = psutil.wait_procs(list(ranks.values()), timeout=60)
+            assert not alive, job.output()
+            saved = max(steps_of(job.run), default=0)
+            assert last_logged_step(job.run) - saved <= 2, f"kill {kill}"
+            restarted_at += [saved] if saved else []
+            torn += bool(unfinished(job.run))
+        assert job.ended_within(120) == 0, job.output()
+        assert [
+            int(step) for step in re.findall(r"resumed from \S+/step-(\d+)", job.output())
+        ] == restarted_at
+    assert torn >= KILLS // 4, f"{torn} of {KILLS} kills left half a checkpoint"
+    whole, _ = finished([*arguments, "train.checkpoint_interval=180"], tmp_path / "whole")
+    assert_same_run(tmp_path / "killed", whole)
+    assert not unfinished(tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
+def test_a_killed_rank_ends_the_job_within_seconds_and_is_named_in_one_line(arguments, tmp_path, name, dead):
+    """Rank 0 included, with which the store of DeepSpeed's launcher dies."""
+    with launched(launcher_of(name), [*arguments, "train.steps=100000"], tmp_path / "run") as job:
+        job.wait_until(lambda: last_logged_step(job.run) >= 25, "training")
+        job.ranks()[dead].send_signal(signal.SIGKILL)
+        assert job.ended_within(PATIENCE_S) not in (0, None), job.output()
+    assert_names(job.output(), survivor=1 - dead, silent=dead)
+    if name == "torchrun":
+        assert re.search(rf"Root Cause.*\brank +: {dead} .*exitcode +: -9", job.output(), re.DOTALL)
+    assert 20 in steps_of(job.run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "hung"), [("torchrun", 1), ("deepspeed", 0)])
+def test_a_rank_that_hangs_is_named_when_the_timeout_is_over(arguments, tmp_path, name, hung):
+    timeout_s = 10
+    with launched(
+        launcher_of(name),
+        [*arguments, "train.steps=100000", f"parallel.timeout_s={timeout_s}"],
+        tmp_path / "run",
+        TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2",  # DeepSpeed's launcher has no such key, and waits 30 seconds
+    ) as job:
+        job.wait_until(lambda: last_logged_step(job.run) >= 2, "training")
+        ranks = job.ranks()
+        stopped_at = time.monotonic()
+        ranks[hung].send_signal(signal.SIGSTOP)
+        ranks[1 - hung].wait(timeout_s + PATIENCE_S)
+        assert timeout_s - 2 < time.monotonic() - stopped_at
+        assert job.ended_within(60) not in (0, None), job.output()
+        assert not ranks[hung].is_running()
+    assert_names(job.output(), survivor=1 - hung, silent=hung)
+    if name == "torchrun":
+        assert re.search(rf"\brank +: {1 - hung} .*exitcode +: 1\b", job.output(), re.DOTALL)
+
+
+def test_every_process_group_has_the_timeout():
+    for timeouts in run_ranks(4, timeouts_of_all_groups):
+        assert len(timeouts) >= 3  # all ranks, those that split the experts, and those that hold the same
+        assert set(timeouts.values()) == {77.0}, timeouts
+
+
+def timeouts_of_all_groups():
+    config = make_config(
+        parallel={"ep_size": 2, "timeout_s": 77.0}, train={"global_batch_size": 8, "micro_batch_size": 2}
+    )
+    world = start(config.parallel)
+    model = Transformer(config, choose_dispatcher(world.groups, config.parallel), "grouped_mm")
+    engine = Engine(model, config, world)
+    mine = batches(1)[0][2 * world.rank : 2 * world.rank + 2]
+    engine.backward(loss_of(engine(mine[:, :-1]), mine))
+    engine.step(1e-3)
+    cpu = torch.device("cpu")
+    return {
+        _world.pg_names[group]: group._get_backend(cpu).options._timeout.total_seconds()
+        for group in _world.pg_map
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_to_one_rank_stops_all_at_one_step_and_loses_nothing(arguments, reference, tmp_path, told):
+    with launched(TWO_RANKS, arguments, tmp_path / "run") as job:
+        job.wait_until(lambda: last_logged_step(job.run) >= 2, "training")
+        job.ranks()[told].send_signal(signal.SIGTERM)
+        assert job.ended_within(PATIENCE_S) == 1, job.output()  # torchrun's code, whatever its processes'
+    [step] = re.findall(r"stopped and saved at step (\d+) of", job.output())
+    assert max(steps_of(job.run)) == int(step) == last_logged_step(job.run) < STEPS
+    shards = {path.name for path in (job.run / "checkpoints" / f"step-{int(step):08d}").iterdir()}
+    assert shards == {"00000-00000.safetensors", "00001-00000.safetensors", "manifest.json"}
+    assert "error:" not in job.output()
+    assert not (job.run / "summary.json").exists()
+    _, out = finished(arguments, job.run)
+    assert f"/step-{int(step):08d}" in out
+    assert_same_run(job.run, reference)
+
+
+@pytest.mark.slow
+def test_evaluation_counts_each_sample_once_where_a_rank_has_none_in_the_last_round(small, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("".join(f"this is line {line:06d}\n" for line in range(180)))
+    arguments = [*small, f"data.source={text}", "train.steps=2", "train.eval_batches=50"]
+    corpus = prepare_corpus(load_config(train.DEFAULT_CONFIG, arguments))
+    assert num_samples(corpus.validation, 32) % 4 in (1, 2)  # of two ranks with two samples each
+    run, _ = finished([*arguments, "parallel.ep_size=2"], tmp_path / "two")
+    assert train.main([*arguments, f"run.dir={tmp_path / 'one'}"]) == 0
+    [loss], [expected] = (
+        [line["eval/loss"] for line in read_lines(each) if "eval/loss" in line]
+        for each in (run, tmp_path / "one")
+    )
+    assert loss == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["00000-00000.safetensors", "00001-00000.safetensors"])
+def test_both_ranks_pass_over_a_damaged_checkpoint_and_half_a_write(arguments, reference, tmp_path, shard):
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    (run / "summary.json").unlink()
+    *_, newest = sorted((run / "checkpoints").glob("step-*"))
+    shutil.copytree(newest, run / "checkpoints" / f".step-{STEPS + 20:08d}.partial")
+    content = bytearray((newest / shard).read_bytes())
+    content[-1] ^= 1
+    (newest / shard).write_bytes(content)
+    _, out = finished(arguments, run)
+    assert out.count("warning:") == 1
+    assert f"{newest.name} is damaged ({shard} does not match its checksum)" in out
+    assert f"resumed from {run / 'checkpoints' / f'step-{STEPS - 20:08d}'}" in out
+    assert not unfinished(run)
+    assert_same_run(run, reference)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("parallel.ep_size=3", "3 does not divide moe.num_experts (4)"),
+        ("moe.num_experts=3", "2 does not divide moe.num_experts (3)"),
+        ("parallel.ep_size=4", "4 does not divide the 2 ranks"),
+    ],
+)
+def test_an_impossible_split_of_experts_is_refused_by_every_rank_in_one_line(
+    arguments, tmp_path, change, expected
+):
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, change, f"run.dir={tmp_path / 'run'}"]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    with stopped_at_the_end(*ranks):
+        for rank in ranks:
+            out, err = rank.communicate(timeout=60)
+            assert (rank.returncode, out, err.count("\n")) == (2, "", 1), err
+            assert err.startswith(f"error: parallel.ep_size: {expected}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_ends_when_the_split_of_experts_is_refused(arguments, tmp_path):
+    with launched(TWO_RANKS, [*arguments, "parallel.ep_size=3"], tmp_path / "run") as job:
+        assert job.ended_within(60) == 1, job.output()
+    assert "error: parallel.ep_size: 3 does not divide" in job.output()
+    assert f'File "{ROOT / "train.py"}"' not in job.output()
+    assert not job.run.exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_partner_never_comes_says_so_in_one_line(arguments, tmp_path, rank):
+    environment = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, "parallel.timeout_s=3"]
+    done = subprocess.run(
+        [*command, f"run.dir={tmp_path / 'run'}"],
+        env=os.environ | environment | {"MASTER_PORT": free_port()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"error: rank {rank}: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+class Job(NamedTuple):
+    """A launcher with its ranks; all of their output goes to one file."""
+
+    process: subprocess.Popen[bytes]
+    run: Path
+    log: Path
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        found = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                rank = process.environ().get("RANK")
+                if rank is not None and str(ROOT / "train.py") in process.cmdline():
+                    found[int(rank)] = process
+        assert found.keys() == {0, 1}, self.output()
+        return found
+
+    def wait_until(self, condition: Callable[[], object], what: str) -> None:
+        deadline = time.monotonic() + 90
+        while not condition():
+            assert self.process.poll() is None, self.output()
+            assert time.monotonic() < deadline, f"{what}?\n{self.output()}"
+            time.sleep(0.001)
+
+    def ended_within(self, seconds: float) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            return self.process.wait(seconds)
+        return None
+
+
+@contextmanager
+def launched(launcher: list[str], arguments: list[str], run: Path, **environment: str) -> Iterator[Job]:
+    """One thread a rank, as sums depend on their number; nothing is left running."""
+    log = run.with_name(f"{run.name}.log")
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*launcher, str(ROOT / "train.py"), *arguments, f"run.dir={run}"],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    with stopped_at_the_end(process):
+        yield Job(process, run, log)
+
+
+def launcher_of(name: str) -> list[str]:
+    return TWO_RANKS if name == "torchrun" else [*DEEPSPEED, "--num_gpus", "2", "--master_port", free_port()]
+
+
+def finished(arguments: list[str], run: Path) -> tuple[Path, str]:
+    """An undisturbed run of two ranks: its folder and what it printed."""
+    with launched(TWO_RANKS, arguments, run) as job:
+        assert job.ended_within(120) == 0, job.output()
+    return run, job.output()
+
+
+def assert_names(output: str, survivor: int, silent: int) -> None:
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, output
+    assert re.fullmatch(
+        rf"error: rank {survivor}: .+: no sign of life from rank {silent}; what was saved before stays good",
+        errors[0],
+    ), errors
+    assert f'File "{ROOT / "train.py"}"' not in output
+
+
+def last_logged_step(run: Path) -> int:
+    """0 before the first; a line that a killed run left unfinished does not count."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().split("\n")
+    except FileNotFoundError:
+        return 0
+    return json.loads(lines[-2])["step"] if len(lines) > 1 else 0
+
+
+def steps_of(run: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")]
+
+
+def unfinished(run: Path) -> list[Path]:
+    return list((run / "checkpoints").glob(".step-*.partial"))
