@@ -2,8 +2,8 @@
 
 python scripts/doctor.py CONFIG [section.key=value ...] [--ranks 1,2,4] [--steps N] [--every] [--real-shapes]
 
-Trains a few steps on each number of ranks, with the experts replicated and split, through train.py itself, and
-compares. Widths are shrunk unless --real-shapes; experts, routing, precision and data are yours.
+Trains a few steps on each number of ranks, with the experts replicated and split, through train.py itself,
+and compares. Widths are shrunk unless --real-shapes; experts, routing, precision and data are yours.
 """
 
 import argparse
@@ -318,7 +318,7 @@ def differences(run: Path, reference: Path) -> tuple[float, float, float]:
 
 
 def check_run(report: Report, config: Config, reference: Job, job: Job, folder: Path, norm: float) -> None:
-    """One topology against the reference, its norm against plain torch, and its families' against the whole."""
+    """A topology against the reference, its norm against plain torch, and its families' against the whole."""
     bounds = BOUNDS[config.parallel.precision]
     run = folder / job.name
     title = f"ranks {job.ranks}, ep {job.ep_size}, ZeRO {job.zero_stage}, micro batch {job.micro_batch_size}"

@@ -12,7 +12,7 @@ from moe.telemetry import MetricsLog, StepMeter, describe_environment, read_metr
 from tests.conftest import read_lines
 
 
-def make_aux(counts, dropped=0, balance=1.0, z=2.0, entropy=0.5):
+def make_aux(counts, dropped=0, balance=1.0, z=2.0, entropy=0.5, sent=0):
     layers = len(counts)
     return MoEAux(
         torch.full((layers,), balance),
@@ -20,13 +20,18 @@ def make_aux(counts, dropped=0, balance=1.0, z=2.0, entropy=0.5):
         torch.tensor(counts),
         torch.tensor([dropped] * layers),
         torch.full((layers,), entropy),
+        torch.full((layers,), sent),
     )
 
 
 def test_router_metrics_of_a_hand_worked_step():
     meter = StepMeter(torch.device("cpu"))
-    meter.add(torch.tensor(3.0), make_aux([[4, 0, 0, 0], [1, 1, 1, 1]], dropped=1, balance=2.0, entropy=1.0))
-    meter.add(torch.tensor(5.0), make_aux([[2, 2, 0, 0], [1, 1, 1, 1]], dropped=0, balance=1.0, entropy=0.0))
+    meter.add(
+        torch.tensor(3.0), make_aux([[4, 0, 0, 0], [1, 1, 1, 1]], dropped=1, balance=2.0, entropy=1.0, sent=5)
+    )
+    meter.add(
+        torch.tensor(5.0), make_aux([[2, 2, 0, 0], [1, 1, 1, 1]], dropped=0, balance=1.0, entropy=0.0, sent=7)
+    )
     metrics = meter.read(num_ranks=1)
     # Layer 0 got 6, 2, 0, 0 (max / mean = 6 / 2), layer 1 got 2, 2, 2, 2 (1).
     assert metrics == {
@@ -37,6 +42,7 @@ def test_router_metrics_of_a_hand_worked_step():
         "moe/dropped_fraction": 2 / 16,
         "moe/router_entropy": 0.5,
         "moe/dead_experts": 2,
+        "comm/dispatch_bytes": 2 * 5 + 2 * 7,
     }
 
 
@@ -52,7 +58,7 @@ def test_a_dense_model_has_no_router_metrics():
     meter.add(torch.tensor(3.0), None)
     metrics = meter.read(1)
     assert metrics.pop("loss/lm") == 3.0
-    assert len(metrics) == 6
+    assert len(metrics) == 7
     assert set(metrics.values()) == {None}
 
 
@@ -144,7 +150,7 @@ def test_the_real_wandb_writes_an_offline_run(run_main):
 
 
 def test_the_environment_names_what_produced_the_run():
-    environment = describe_environment()
+    environment = describe_environment(1)
     assert (
         environment["versions"]["torch"] == torch.__version__.split("+")[0]
         or environment["versions"]["torch"] == torch.__version__

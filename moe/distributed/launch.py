@@ -2,11 +2,14 @@
 
 import datetime
 import os
+import threading
 import time
+import uuid
 
 import torch
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
+from torch.distributed.rendezvous import rendezvous
 
 from moe.config import ConfigError, ParallelConfig
 from moe.config_io import first_line
@@ -57,11 +60,40 @@ def join(parallel: ParallelConfig, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=timeout)
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        store = _fresh(store, rank, size, parallel.timeout_s)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timeout
+        )
     else:
         # No launcher: DeepSpeed would ask for mpi4py. A store in memory needs no free port either.
         store = HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def _fresh(store: Store, rank: int, size: int, timeout_s: float) -> Store:
+    """A part of the store that nobody has written to: torchrun keeps one store over all its restarts.
+
+    Its workers would find the addresses of killed ones there. `TORCHELASTIC_RESTART_COUNT` is no name for
+    that part, since each node counts for itself.
+    """
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", name)
+        fresh = PrefixStore(store.get(f"welcome/{name}").decode(), store)
+        fresh.add("arrived", 1)
+        return fresh
+    fresh = PrefixStore(name, store)
+    deadline = time.monotonic() + timeout_s
+    while fresh.add("arrived", 0) < size - 1:
+        if time.monotonic() > deadline:
+            raise torch.distributed.DistStoreError(f"not all of the {size} ranks have come")
+        for other in range(1, size):
+            if store.check([f"hello/{other}"]):  # perhaps of a killed one: then nobody reads the answer
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", name)
+        time.sleep(0.02)
+    return fresh
 
 
 def leave() -> None:
@@ -86,7 +118,12 @@ def why_lost(error: RuntimeError) -> str | None:
     is_collective = isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text
     if not is_collective or world_size() == 1:
         return None
-    silent = _silent_ranks()
+    if not torch.distributed.is_initialized():
+        return f"rank {rank()}: {first_line(error)}: could not join the other ranks"
+    silent = [0]  # keeps the store, where no launcher does; if it hangs, so does whoever asks the store
+    asking = threading.Thread(target=lambda: silent.__setitem__(slice(None), _silent_ranks()), daemon=True)
+    asking.start()
+    asking.join(2 * _PATIENCE_S)
     who = f"no sign of life from rank {', '.join(map(str, silent))}" if silent else "every rank is alive"
     return f"rank {rank()}: {first_line(error)}: {who}"
 
