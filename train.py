@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from moe import accounting
-from moe.checkpoint import agree_on_checkpoint, save_checkpoint, set_aside_newer
+from moe.checkpoint import agree_on_checkpoint, on_all_ranks, save_checkpoint, set_aside_newer
 from moe.config import Config, ConfigError
 from moe.config_io import OneLineParser, describe_keys, dump_config, load_config
 from moe.data.tokenizer import vocabulary_size
@@ -92,7 +92,7 @@ def train(config: Config) -> int:
 
     first_step, wall_s = 0, 0.0
     if checkpoint is not None:
-        engine.load_state(checkpoint)
+        on_all_ranks(lambda: engine.load_state(checkpoint))
         first_step, wall_s = checkpoint.step, checkpoint.info["wall_s"]
         say(f"resumed from {checkpoint.path}")
     environment = describe_environment(world.size)
@@ -178,10 +178,10 @@ def train(config: Config) -> int:
             )
         if stopping:
             bar.close()
-            stop_request.close()
             if log is not None:
                 log.close()
             say(f"stopped and saved at step {done} of {steps}; run the same command again to resume")
+            stop_request.close()
             return INTERRUPTED
     bar.close()
     stop_request.close()

@@ -111,7 +111,7 @@ class Checkpoint:
                     for place in range(first, last, _READ_ELEMENTS):  # a slice is a copy
                         end = min(place + _READ_ELEMENTS, last)
                         out[place - start : end - start] = stored[place - piece.start : end - piece.start]
-                except (SafetensorError, RuntimeError) as error:
+                except (OSError, SafetensorError, RuntimeError) as error:
                     raise CheckpointError(f"{self.path / piece.shard}: {kind}/{name}: {error}") from None
         return out
 
@@ -148,8 +148,8 @@ def save_checkpoint(
     final = folder / f"step-{step:08d}"
     scratch = folder / f".{final.name}.partial"
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    _on_all_ranks(lambda: _clear(scratch) if rank == 0 else None)
-    written = _on_all_ranks(lambda: _write_shards(scratch, rank, fragments))
+    on_all_ranks(lambda: _clear(scratch) if rank == 0 else None)
+    written = on_all_ranks(lambda: _write_shards(scratch, rank, fragments))
 
     def publish() -> None:
         if rank == 0:
@@ -157,7 +157,7 @@ def save_checkpoint(
             for _, old in _list(folder)[keep:]:
                 _remove(old)
 
-    _on_all_ranks(publish)
+    on_all_ranks(publish)
     return final
 
 
@@ -210,10 +210,16 @@ def agree_on_checkpoint(folder: Path, found: Checkpoint | None) -> Checkpoint | 
     Raises:
         CheckpointError: a rank cannot read it.
     """
-    step = _on_all_ranks(lambda: None if found is None else found.step)[0]
-    if found is not None and found.step == step:
-        return found
-    return None if step is None else open_checkpoint(folder, step, check_content=False)
+    step = on_all_ranks(lambda: None if found is None else found.step)[0]
+
+    def choose() -> Checkpoint | None:
+        if step is None or (found is not None and found.step == step):
+            return None if step is None else found
+        return open_checkpoint(folder, step, check_content=False)
+
+    chosen: list[Checkpoint | None] = []
+    on_all_ranks(lambda: chosen.append(choose()))
+    return chosen[0]
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
@@ -226,12 +232,12 @@ def set_aside_newer(folder: Path, step: int) -> None:
             path.rename(folder / f"damaged-{path.name}")
 
 
-def _on_all_ranks(action: Callable[[], _Result]) -> list[_Result]:
+def on_all_ranks(action: Callable[[], _Result]) -> list[_Result]:
     """Run one's own part; the results of all ranks, or one error on all of them if it failed on any."""
     result, error = None, None
     try:
         result = action()
-    except (OSError, CheckpointError, SafetensorError) as failure:
+    except (OSError, RuntimeError, ValueError, CheckpointError, SafetensorError) as failure:
         error = str(failure)
     outcomes: list[Any] = [(result, error)]
     if torch.distributed.is_initialized() and (ranks := torch.distributed.get_world_size()) > 1:

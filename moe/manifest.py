@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -98,8 +99,7 @@ def read_manifest(path: Path) -> Manifest:
         CheckpointError: it is not what was written.
         OSError: it cannot be read at all.
     """
-    if path.is_symlink():
-        raise CheckpointError("manifest.json is a link")
+    _check_plain(path)
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         if body.get("format") != FORMAT:
@@ -117,8 +117,7 @@ def check_shards(path: Path, manifest: Manifest) -> None:
     for name, shard in manifest.shards.items():
         if not _SHARD_NAME.fullmatch(name):
             raise CheckpointError(f"manifest.json names a file that is no shard: {name!r}")
-        if (path / name).is_symlink():
-            raise CheckpointError(f"{name} is a link")
+        _check_plain(path / name)
         if (size := (path / name).stat().st_size) != shard.bytes:
             raise CheckpointError(f"{name} has {size} bytes instead of {shard.bytes}")
     extra = {entry.name for entry in path.iterdir()} - manifest.shards.keys() - {"manifest.json"}
@@ -148,6 +147,13 @@ def check_content(path: Path, manifest: Manifest) -> None:
         for name, sha256 in zip(names, pool.map(lambda name: sha256_of(path / name), names), strict=True):
             if sha256 != manifest.shards[name].sha256:
                 raise CheckpointError(f"{name} does not match its checksum")
+
+
+def _check_plain(path: Path) -> None:
+    """Neither a link to elsewhere nor a pipe that would block whoever reads it."""
+    mode = path.lstat().st_mode
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path.name} is {'a link' if stat.S_ISLNK(mode) else 'no plain file'}")
 
 
 def _digest(body: dict[str, Any]) -> str:
