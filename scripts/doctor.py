@@ -53,6 +53,12 @@ class Job(NamedTuple):
     micro_batch_size: int
 
     @property
+    def title(self) -> str:
+        """For people."""
+        experts = f"ranks {self.ranks}, ep {self.ep_size}"
+        return f"{experts}, ZeRO {self.zero_stage}, micro batch {self.micro_batch_size}"
+
+    @property
     def name(self) -> str:
         """Of its folder."""
         return f"ranks{self.ranks}-ep{self.ep_size}-zero{self.zero_stage}-micro{self.micro_batch_size}"
@@ -76,7 +82,7 @@ class Report:
     def add(self, check: str, figure: str, passed: bool) -> None:
         """Print one line."""
         self.failed += not passed
-        print(f"{'pass' if passed else 'FAIL'}  {check:<66} {figure}", flush=True)
+        print(f"{'pass' if passed else 'FAIL'}  {check:<58} {figure}", flush=True)
 
 
 def main(arguments: list[str]) -> int:
@@ -105,9 +111,9 @@ def main(arguments: list[str]) -> int:
 def examine(options: argparse.Namespace) -> int:
     """Run every check on one configuration."""
     path, overrides = Path(options.items[0]), options.items[1:]
-    original = load_config(path, overrides)
+    original, counts = load_config(path, overrides), rank_counts(options.ranks)
     if not options.real_shapes:
-        overrides = [*overrides, *shrink(original)]
+        overrides = [*overrides, *shrink(original, counts)]
     overrides += [f"train.steps={options.steps}", "train.eval_batches=1", "moe.capacity_factor=null"]
     overrides += [
         f"train.{key}={max(1, options.steps // 2)}" for key in ("eval_interval", "checkpoint_interval")
@@ -115,7 +121,7 @@ def examine(options: argparse.Namespace) -> int:
     overrides += [f"optim.warmup_steps={min(original.optim.warmup_steps, options.steps // 4)}"]
     overrides += ["train.keep_checkpoints=2", "log.interval=1", "log.wandb=disabled", "run.resume=auto"]
     config = load_config(path, overrides)
-    jobs = list(make_jobs(config, rank_counts(options.ranks), options.every))
+    jobs = list(make_jobs(config, counts, options.every))
     for job in jobs:
         load_config(path, [*overrides, *job.overrides(Path())]).accumulation_steps(job.ranks)
     corpus = prepare_corpus(config)
@@ -137,8 +143,12 @@ def examine(options: argparse.Namespace) -> int:
         for ranks in sorted({job.ranks for job in jobs}):
             calls = [[str(path), *overrides, *job.overrides(folder)] for job in jobs if job.ranks == ranks]
             peaks[ranks] = launch(folder, ranks, calls)
+        print(f"      {config.train.steps} clipped steps of each topology against {jobs[0].title}:")
+        print("      largest relative difference of loss and of gradient norm, absolute of final weights;")
+        print("      then the first norm against plain torch's, and the families' norms against the whole.")
         for job in jobs:
             check_run(report, config, jobs[0], job, folder, norm)
+        print("      Stopped at the middle and resumed, against the uninterrupted run:")
         check_resume(report, config, jobs, folder, [str(path), *overrides])
         if not config.moe.is_dense:
             check_experts(report, config, corpus, folder / jobs[0].name, device)
@@ -148,7 +158,7 @@ def examine(options: argparse.Namespace) -> int:
     return 1 if report.failed else 0
 
 
-def shrink(config: Config) -> list[str]:
+def shrink(config: Config, counts: list[int]) -> list[str]:
     """Overrides that make each step a matter of milliseconds."""
     model, moe = config.model, config.moe
     layers = min(model.n_layers, moe.first_dense_layers + 2 * moe.every_n_layers)
@@ -162,7 +172,7 @@ def shrink(config: Config) -> list[str]:
         f"model.d_ff={min(model.d_ff, 128)}",
         f"moe.d_ff_expert={min(moe.d_ff_expert, 64)}",
         f"data.seq_len={min(config.data.seq_len, 64)}",
-        "train.global_batch_size=16",
+        f"train.global_batch_size={4 * math.lcm(*counts)}",
         "train.micro_batch_size=4",
     ]
 
@@ -319,32 +329,37 @@ def differences(run: Path, reference: Path) -> tuple[float, float, float]:
 
 def check_run(report: Report, config: Config, reference: Job, job: Job, folder: Path, norm: float) -> None:
     """A topology against the reference, its norm against plain torch, and its families' against the whole."""
-    bounds = BOUNDS[config.parallel.precision]
-    run = folder / job.name
-    title = f"ranks {job.ranks}, ep {job.ep_size}, ZeRO {job.zero_stage}, micro batch {job.micro_batch_size}"
-    if job != reference:
-        found = differences(run, folder / reference.name)
-        figure = "loss {:.1e}  grad_norm {:.1e}  weights {:.1e}".format(*found)
-        passed = all(a <= b for a, b in zip(found, bounds, strict=True))
-        report.add(f"{title} = one rank, all {config.train.steps} steps", figure, passed)
+    run, bounds = folder / job.name, BOUNDS[config.parallel.precision]
+    found = differences(run, folder / reference.name)
     lines = steps_of(run)
+    first = abs(lines[0]["optim/grad_norm"] / norm - 1)
     parts = ("dense", "router", "experts")
     squares = [sum((line[f"optim/grad_norm/{part}"] or 0) ** 2 for part in parts) for line in lines]
-    worst = max(
-        abs(math.sqrt(s) / line["optim/grad_norm"] - 1) for s, line in zip(squares, lines, strict=True)
+    families = max(
+        abs(math.sqrt(square) / line["optim/grad_norm"] - 1)
+        for square, line in zip(squares, lines, strict=True)
     )
-    first = abs(lines[0]["optim/grad_norm"] / norm - 1)
     report.add(
-        f"{title}: norm = plain torch's, and its families add up",
-        f"{first:.1e}  {worst:.1e}",
-        max(first, worst) <= bounds[1],
+        job.title,
+        f"{show(found)}  torch {first:.1e}  families {families:.1e}",
+        within(found, bounds) and max(first, families) <= bounds[1],
     )
+
+
+def show(found: tuple[float, float, float]) -> str:
+    """Differences of loss, norm and weights."""
+    return "loss {:.1e}  norm {:.1e}  weights {:.1e}".format(*found)
+
+
+def within(found: tuple[float, float, float], bounds: tuple[float, float, float]) -> bool:
+    """Whether none is more than its bound; NaN is."""
+    return all(a <= b for a, b in zip(found, bounds, strict=True))
 
 
 def check_resume(report: Report, config: Config, jobs: list[Job], folder: Path, call: list[str]) -> None:
     """Cut runs back to their middle; continue each on its own topology, and on another."""
     widest = jobs[-1]
-    for source, target in {(widest, widest), (jobs[0], widest), (widest, jobs[0])}:
+    for source, target in dict.fromkeys([(widest, widest), (jobs[0], widest), (widest, jobs[0])]):
         again = folder / f"{source.name}-then-{target.name}"
         shutil.copytree(folder / source.name, again)
         (again / "summary.json").unlink()
@@ -354,9 +369,9 @@ def check_resume(report: Report, config: Config, jobs: list[Job], folder: Path, 
         bounds = (0.0, 0.0, 0.0) if source == target else BOUNDS[config.parallel.precision]
         topologies = [f"ranks {job.ranks}, ep {job.ep_size}" for job in (source, target)]
         report.add(
-            f"saved at {topologies[0]}; resumed at {topologies[1]} = uninterrupted",
-            "loss {:.1e}  grad_norm {:.1e}  weights {:.1e}".format(*found),
-            all(a <= b for a, b in zip(found, bounds, strict=True)),
+            f"saved at {topologies[0]}; resumed at {topologies[1]}",
+            show(found),
+            within(found, bounds),
         )
 
 

@@ -12,11 +12,8 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.ranks", "train", "deepspeed", "deepspeed.moe.layer"])
 
 
-def run_ranks(world_size, function, *arguments, timeout_s=240):
-    """Call a module-level function on every rank; the results in the order of ranks.
-
-    Fails with the traceback of the first rank that raised, or if a rank died or has not finished in time.
-    """
+def start_ranks(world_size, function, *arguments):
+    """Begin to call a module-level function on every rank: the processes, and the pipes of their results."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -30,6 +27,15 @@ def run_ranks(world_size, function, *arguments, timeout_s=240):
         sender.close()
         pipes.append(receiver)
         processes.append(process)
+    return processes, pipes
+
+
+def run_ranks(world_size, function, *arguments, timeout_s=240):
+    """Call a module-level function on every rank; the results in the order of ranks.
+
+    Fails with the traceback of the first rank that raised, or if a rank died or has not finished in time.
+    """
+    processes, pipes = start_ranks(world_size, function, *arguments)
     try:
         results, failures = [], []
         for rank, pipe in enumerate(pipes):

@@ -26,14 +26,14 @@ from moe.dispatch import choose_dispatcher
 from moe.engine import Engine, start
 from moe.transformer import Transformer
 from tests.conftest import read_lines
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, start_ranks
 from tests.test_engine import batches, loss_of, make_config
 from tests.test_launchers import DEEPSPEED, ROOT, TORCHRUN, free_port, stopped_at_the_end
 from tests.test_train import assert_same_run
 
 TWO_RANKS = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
 STEPS = 60  # enough of them that a signal sent at the second arrives before the last
-KILLS = 20
+KILLS, RESTARTS = 20, 4
 PATIENCE_S = 20  # from a rank's death to the end of the job, on a busy machine
 
 
@@ -49,21 +49,53 @@ def reference(arguments, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_whose_ranks_are_killed_at_random_moments_ends_as_the_undisturbed_one(arguments, tmp_path):
-    """Under a torchrun that restarts them, every other time while a checkpoint is written."""
+def test_a_run_of_which_a_rank_is_killed_twenty_times_ends_as_the_undisturbed_one(arguments, tmp_path):
+    """At random moments, every other time while a checkpoint is written; started again each time."""
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
     choice = random.Random(seed)
-    arguments = [*arguments, f"train.steps={18 * KILLS}", "train.eval_interval=50"]
-    launcher = [*TWO_RANKS, "--max-restarts", str(KILLS + 10)]
-    restarted_at, torn = [], 0
+    arguments = [*arguments, f"train.steps={16 * KILLS}", "train.eval_interval=80"]
+    run, torn = tmp_path / "killed", 0
+    call = [*arguments, "train.checkpoint_interval=2", f"run.dir={run}"]
+    for kill in range(KILLS):
+        processes, _ = start_ranks(2, train.main, call)
+        target, in_write = last_logged_step(run) + choice.randint(1, 6), kill % 2 == 0
+        deadline = time.monotonic() + 60
+        while last_logged_step(run) < target or (in_write and not unfinished(run)):
+            assert time.monotonic() < deadline, "training does not go on"
+            time.sleep(0.001)
+        time.sleep(choice.uniform(0, 0.01 if in_write else 0.05))
+        processes[choice.randrange(2)].kill()
+        time.sleep(choice.uniform(0, 0.5))  # then the launcher ends the survivor
+        for process in processes:
+            process.kill()
+            process.join()
+        saved = max(steps_of(run), default=0)
+        assert last_logged_step(run) - saved <= 2, f"kill {kill}"
+        torn += bool(unfinished(run))
+    assert torn >= KILLS // 4, f"{torn} of {KILLS} kills left half a checkpoint"
+    assert run_ranks(2, train.main, call) == [0, 0]
+    whole = tmp_path / "whole"
+    assert run_ranks(2, train.main, [*arguments, f"run.dir={whole}"]) == [0, 0]
+    assert_same_run(run, whole)
+    assert not unfinished(run)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_killed_ranks_and_they_resume_by_themselves(arguments, tmp_path):
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    choice = random.Random(seed)
+    arguments = [*arguments, f"train.steps={18 * RESTARTS}", "train.eval_interval=50"]
+    launcher = [*TWO_RANKS, "--max-restarts", str(RESTARTS)]
+    restarted_at = []
     with launched(
         launcher,
         [*arguments, "train.checkpoint_interval=2"],
         tmp_path / "killed",
         TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1",  # the survivor need not say who is missing
     ) as job:
-        for kill in range(KILLS):
+        for kill in range(RESTARTS):
             target = last_logged_step(job.run) + choice.randint(1, 12)
             in_write = kill % 2 == 0
 
@@ -79,20 +111,17 @@ def test_a_run_whose_ranks_are_killed_at_random_moments_ends_as_the_undisturbed_
             saved = max(steps_of(job.run), default=0)
             assert last_logged_step(job.run) - saved <= 2, f"kill {kill}"
             restarted_at += [saved] if saved else []
-            torn += bool(unfinished(job.run))
         assert job.ended_within(120) == 0, job.output()
         assert [
             int(step) for step in re.findall(r"resumed from \S+/step-(\d+)", job.output())
         ] == restarted_at
-    assert torn >= KILLS // 4, f"{torn} of {KILLS} kills left half a checkpoint"
-    whole, _ = finished([*arguments, "train.checkpoint_interval=180"], tmp_path / "whole")
+    whole, _ = finished(arguments, tmp_path / "whole")
     assert_same_run(tmp_path / "killed", whole)
     assert not unfinished(tmp_path / "killed")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dead", [0, 1])
-@pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize(("name", "dead"), [("torchrun", 1), ("deepspeed", 0)])
 def test_a_killed_rank_ends_the_job_within_seconds_and_is_named_in_one_line(arguments, tmp_path, name, dead):
     """Rank 0 included, with which the store of DeepSpeed's launcher dies."""
     with launched(launcher_of(name), [*arguments, "train.steps=100000"], tmp_path / "run") as job:
@@ -106,14 +135,13 @@ def test_a_killed_rank_ends_the_job_within_seconds_and_is_named_in_one_line(argu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "hung"), [("torchrun", 1), ("deepspeed", 0)])
-def test_a_rank_that_hangs_is_named_when_the_timeout_is_over(arguments, tmp_path, name, hung):
-    timeout_s = 10
+def test_a_rank_that_hangs_is_named_when_the_timeout_is_over(arguments, tmp_path):
+    """Rank 0, which under DeepSpeed's launcher keeps the store that the other would ask."""
+    name, hung, timeout_s = "deepspeed", 0, 6
     with launched(
         launcher_of(name),
         [*arguments, "train.steps=100000", f"parallel.timeout_s={timeout_s}"],
         tmp_path / "run",
-        TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2",  # DeepSpeed's launcher has no such key, and waits 30 seconds
     ) as job:
         job.wait_until(lambda: last_logged_step(job.run) >= 2, "training")
         ranks = job.ranks()
@@ -124,8 +152,6 @@ def test_a_rank_that_hangs_is_named_when_the_timeout_is_over(arguments, tmp_path
         assert job.ended_within(60) not in (0, None), job.output()
         assert not ranks[hung].is_running()
     assert_names(job.output(), survivor=1 - hung, silent=hung)
-    if name == "torchrun":
-        assert re.search(rf"\brank +: {1 - hung} .*exitcode +: 1\b", job.output(), re.DOTALL)
 
 
 def test_every_process_group_has_the_timeout():
@@ -152,11 +178,10 @@ def timeouts_of_all_groups():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [0, 1])
-def test_sigterm_to_one_rank_stops_all_at_one_step_and_loses_nothing(arguments, reference, tmp_path, told):
+def test_sigterm_to_one_rank_stops_all_at_one_step_and_loses_nothing(arguments, reference, tmp_path):
     with launched(TWO_RANKS, arguments, tmp_path / "run") as job:
         job.wait_until(lambda: last_logged_step(job.run) >= 2, "training")
-        job.ranks()[told].send_signal(signal.SIGTERM)
+        job.ranks()[1].send_signal(signal.SIGTERM)
         assert job.ended_within(PATIENCE_S) == 1, job.output()  # torchrun's code, whatever its processes'
     [step] = re.findall(r"stopped and saved at step (\d+) of", job.output())
     assert max(steps_of(job.run)) == int(step) == last_logged_step(job.run) < STEPS
@@ -186,8 +211,8 @@ def test_evaluation_counts_each_sample_once_where_a_rank_has_none_in_the_last_ro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", ["00000-00000.safetensors", "00001-00000.safetensors"])
-def test_both_ranks_pass_over_a_damaged_checkpoint_and_half_a_write(arguments, reference, tmp_path, shard):
+def test_both_ranks_pass_over_a_damaged_checkpoint_and_half_a_write(arguments, reference, tmp_path):
+    shard = "00001-00000.safetensors"  # of rank 1; rank 0 finds it for both
     run = tmp_path / "run"
     shutil.copytree(reference, run)
     (run / "summary.json").unlink()

@@ -1,5 +1,6 @@
 """The README's commands run, its reference is complete, its tree is the tree."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -25,7 +26,11 @@ def commands():
 
 # Run by .ci/run itself, or measured by hand because they take minutes.
 INSTALLATION = {"pip install -e . && python train.py", "pip install -e '.[dev]' && pytest"}
-LOOPS = [command for command in commands() if command.startswith(("for ", "/usr/bin/time"))]
+LOOPS = [
+    command
+    for command in commands()
+    if command.startswith(("for ", "/usr/bin/time", "python scripts/doctor.py"))  # tests/test_doctor.py
+]
 RUNNABLE = [command for command in commands() if command not in INSTALLATION and command not in LOOPS]
 
 
@@ -89,6 +94,16 @@ def test_readme_commands_run(command, workplace, small, monkeypatch, capsys):
         done = subprocess.run(call, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
         assert re.search(r"mean difference [+-]\d\.\d{4}, standard deviation over seeds \d", done.stdout)
+    elif words[0] in ("torchrun", "deepspeed"):
+        at = words.index("train.py")
+        launcher = [str(Path(sys.executable).with_name(words[0])), *words[1:at]]
+        if words[0] == "torchrun":
+            launcher.insert(1, "--standalone")  # a port of its own, as other tests may run
+        call = [*launcher, str(ROOT / "train.py"), *shrink, "train.steps=2", *words[at + 1 :]]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert (workplace / "runs" / words[-1].removeprefix("run.name=") / "summary.json").exists()
     else:
         pytest.fail(f"no test knows how to run this README command: {command}")
 
