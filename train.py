@@ -7,6 +7,7 @@ CONFIG is a YAML file, configs/tiny.yaml unless given. This file is the training
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -21,13 +22,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from moe import accounting
-from moe.checkpoint import agree_on_checkpoint, on_all_ranks, save_checkpoint, set_aside_newer
+from moe.checkpoint import newest_checkpoint, on_all_ranks, save_checkpoint, set_aside_newer
 from moe.config import Config, ConfigError
 from moe.config_io import OneLineParser, describe_keys, dump_config, load_config
 from moe.data.tokenizer import vocabulary_size
-from moe.data.tokens import num_samples, prepare_corpus, read_samples, sample_ids
+from moe.data.tokens import TokenizedCorpus, num_samples, prepare_corpus, read_samples, sample_ids
 from moe.dispatch import choose_dispatcher
-from moe.distributed.launch import choose_device, leave, rank, why_lost, world_size
+from moe.distributed.launch import choose_device, leave, why_lost, world_size
 from moe.distributed.topology import Topology
 from moe.engine import Engine, start
 from moe.evaluation import evaluate
@@ -36,7 +37,7 @@ from moe.ops.grouped_mm import choose_expert_path
 from moe.optim import learning_rate
 from moe.plots import plot_losses
 from moe.reporting import summarize, write_samples
-from moe.run_folder import open_run
+from moe.run_folder import all_damaged, open_run
 from moe.telemetry import MetricsLog, StepMeter, describe_environment, read_metrics
 from moe.transformer import Transformer, init_weights
 
@@ -55,7 +56,7 @@ def train(config: Config) -> int:
         The exit code: 0 when all steps are done, 130 when a signal stopped the run after a checkpoint.
     """
     # 1. Everything that can be refused is refused before anything is built or written.
-    folder, checkpoint, warnings = open_run(config, check_content=rank() == 0)
+    folder = open_run(config)
     accumulation_steps = config.accumulation_steps(world_size())
     Topology(world_size(), config.parallel.ep_size)
     on_cpu = choose_device(config.parallel).type == "cpu"
@@ -64,14 +65,18 @@ def train(config: Config) -> int:
     corpus = prepare_corpus(config)
     config = config.resolve(vocabulary_size(corpus.tokenizer))
 
-    # 2. Join the other ranks, and continue where rank 0 finds a sound checkpoint.
+    # 2. Join the other ranks, and find the checkpoint to continue from.
     world = start(config.parallel)
     is_writer = world.rank == 0
     say = print if is_writer else lambda *_, **__: None
-    checkpoint = agree_on_checkpoint(folder.checkpoints, checkpoint)
+    _check_same_on_all_ranks(config, corpus)
+    checkpoint, warnings = newest_checkpoint(folder.checkpoints)
+    if checkpoint is None and warnings:
+        raise all_damaged(warnings)
+    finished = on_all_ranks(folder.summary.exists)[0]
     if checkpoint is not None and checkpoint.info["data_fingerprint"] != corpus.fingerprint:
         raise ConfigError("data.source", f"the text or its tokens changed since {checkpoint.path} was saved")
-    if checkpoint is not None and checkpoint.step == config.train.steps and folder.summary.exists():
+    if checkpoint is not None and checkpoint.step == config.train.steps and finished:
         say(f"{folder.path} is finished ({checkpoint.step} steps); raise train.steps or set another run.name")
         return 0
 
@@ -93,6 +98,7 @@ def train(config: Config) -> int:
     first_step, wall_s = 0, 0.0
     if checkpoint is not None:
         on_all_ranks(lambda: engine.load_state(checkpoint))
+        checkpoint.close()
         first_step, wall_s = checkpoint.step, checkpoint.info["wall_s"]
         say(f"resumed from {checkpoint.path}")
     environment = describe_environment(world.size)
@@ -199,6 +205,19 @@ def train(config: Config) -> int:
         say(json.dumps(summary, indent=1))
         say(f"see {folder.loss_plot} and {folder.sample}; scripts/generate.py {folder.path} writes more")
     return 0
+
+
+def _check_same_on_all_ranks(config: Config, corpus: TokenizedCorpus) -> None:
+    """Nodes with files of their own must not train on different texts, or differently."""
+    settings = config.model_dump_json(exclude={"run": {"dir"}, "data": {"cache_dir"}})
+    here = hashlib.sha256((settings + corpus.fingerprint + corpus.tokenizer.to_str()).encode()).hexdigest()
+    digests = on_all_ranks(lambda: here)
+    if len(set(digests)) > 1:
+        odd = next(i for i, there in enumerate(digests) if there != digests[0])
+        raise ConfigError(
+            "data.source",
+            f"text, tokenizer or another key differ between ranks 0 and {odd}; give all the same",
+        )
 
 
 def _check_finite(what: str, value: float | None, step: int) -> None:

@@ -11,8 +11,11 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -115,6 +118,10 @@ class Checkpoint:
                     raise CheckpointError(f"{self.path / piece.shard}: {kind}/{name}: {error}") from None
         return out
 
+    def close(self) -> None:
+        """Close the shards: an open file keeps some file systems from deleting its folder."""
+        self._opened.clear()
+
     def _open(self, shard: str) -> Any:
         if shard not in self._opened:
             self._opened[shard] = safe_open(self.path / shard, "pt", backend="pread")
@@ -147,7 +154,7 @@ def save_checkpoint(
     """
     final = folder / f"step-{step:08d}"
     scratch = folder / f".{final.name}.partial"
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    rank, _ = _rank_and_size()
     on_all_ranks(lambda: _clear(scratch) if rank == 0 else None)
     written = on_all_ranks(lambda: _write_shards(scratch, rank, fragments))
 
@@ -155,15 +162,11 @@ def save_checkpoint(
         if rank == 0:
             _publish(scratch, final, manifests.merge(step, config, info, written))
             for _, old in _list(folder)[keep:]:
-                _remove(old)
+                with suppress(OSError):  # the new one is complete, and the next save tries again
+                    _remove(old)
 
     on_all_ranks(publish)
     return final
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether there is any complete-looking checkpoint, damaged or not."""
-    return bool(_list(folder))
 
 
 def open_checkpoint(folder: Path, step: int, check_content: bool) -> Checkpoint:
@@ -172,10 +175,12 @@ def open_checkpoint(folder: Path, step: int, check_content: bool) -> Checkpoint:
     Args:
         folder: the run's `checkpoints/`.
         step: which one.
-        check_content: also compare every byte with the checksums.
+        check_content: also compare the shards with their checksums; where there are several ranks, each a
+            share of them.
 
     Raises:
         CheckpointError: it is damaged.
+        OSError: the file system fails.
     """
     path = folder / f"step-{step:08d}"
     try:
@@ -185,41 +190,38 @@ def open_checkpoint(folder: Path, step: int, check_content: bool) -> Checkpoint:
         manifests.check_shards(path, manifest)
         manifests.check_pieces(manifest)
         if check_content:
-            manifests.check_content(path, manifest)
+            manifests.check_content(path, manifest, *_rank_and_size())
     except FileNotFoundError as error:
         raise CheckpointError(f"{Path(error.filename).name} is missing") from None
-    except OSError as error:
-        raise CheckpointError(str(error)) from None
     return Checkpoint(path, step, manifest.config, manifest.info, manifest.tensors)
 
 
 def newest_checkpoint(folder: Path, check_content: bool = True) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is not damaged, and one warning for each newer one that is."""
-    warnings = []
-    for step, path in _list(folder):
-        try:
-            return open_checkpoint(folder, step, check_content), warnings
-        except CheckpointError as error:
-            warnings.append(f"checkpoint {path} is damaged ({error}); trying the one before")
-    return None, warnings
+    """The newest checkpoint that is not damaged, and one warning for each newer one that is.
 
-
-def agree_on_checkpoint(folder: Path, found: Checkpoint | None) -> Checkpoint | None:
-    """The checkpoint that rank 0 found, on every rank.
+    Where there are several ranks, all of them call this and come to the same answer.
 
     Raises:
-        CheckpointError: a rank cannot read it.
+        CheckpointError: the file system fails.
     """
-    step = on_all_ranks(lambda: None if found is None else found.step)[0]
+    opened: dict[int, Checkpoint] = {}
+    warnings = []
 
-    def choose() -> Checkpoint | None:
-        if step is None or (found is not None and found.step == step):
-            return None if step is None else found
-        return open_checkpoint(folder, step, check_content=False)
+    def problem_with(step: int) -> str:
+        try:
+            opened[step] = open_checkpoint(folder, step, check_content)
+        except CheckpointError as error:
+            return str(error)
+        return ""
 
-    chosen: list[Checkpoint | None] = []
-    on_all_ranks(lambda: chosen.append(choose()))
-    return chosen[0]
+    steps = on_all_ranks(lambda: [step for step, _ in _list(folder)])[0]
+    for step in steps:
+        problems = [problem for problem in on_all_ranks(partial(problem_with, step)) if problem]
+        if not problems:
+            return opened[step], warnings
+        path = folder / f"step-{step:08d}"
+        warnings.append(f"checkpoint {path} is damaged ({problems[0]}); trying the one before")
+    return None, warnings
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
@@ -227,9 +229,8 @@ def set_aside_newer(folder: Path, step: int) -> None:
     for newer_step, path in _list(folder):
         if newer_step > step:
             damaged = folder / f"damaged-{path.name}"
-            if damaged.is_symlink() or damaged.exists():
-                _delete(damaged)
-            path.rename(folder / f"damaged-{path.name}")
+            taken = damaged.is_symlink() or damaged.exists()
+            path.rename(folder / f"damaged-{path.name}-{time.time_ns()}" if taken else damaged)
 
 
 def on_all_ranks(action: Callable[[], _Result]) -> list[_Result]:
@@ -240,8 +241,8 @@ def on_all_ranks(action: Callable[[], _Result]) -> list[_Result]:
     except (OSError, RuntimeError, ValueError, CheckpointError, SafetensorError) as failure:
         error = str(failure)
     outcomes: list[Any] = [(result, error)]
-    if torch.distributed.is_initialized() and (ranks := torch.distributed.get_world_size()) > 1:
-        outcomes = [None] * ranks
+    if _rank_and_size()[1] > 1:
+        outcomes = [None] * _rank_and_size()[1]
         torch.distributed.all_gather_object(outcomes, (result, error))
     for rank, (_, error) in enumerate(outcomes):
         if error is not None:
@@ -249,10 +250,17 @@ def on_all_ranks(action: Callable[[], _Result]) -> list[_Result]:
     return [result for result, _ in outcomes]
 
 
+def _rank_and_size() -> tuple[int, int]:
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 def _clear(scratch: Path) -> None:
     """Make an empty folder, and remove what killed runs left half done."""
     for left_over in scratch.parent.glob(".step-*"):
-        _delete(left_over)
+        with suppress(OSError):
+            _delete(left_over)
     scratch.mkdir(parents=True)
 
 
@@ -294,6 +302,7 @@ def _publish(scratch: Path, final: Path, manifest: Manifest) -> None:
     manifests.check_pieces(manifest)
     manifests.write_manifest(scratch / "manifest.json", manifest)
     _flush(scratch / "manifest.json")
+    _flush(scratch)
     if final.is_symlink() or final.exists():
         _remove(final)
     scratch.rename(final)
@@ -318,7 +327,7 @@ def _remove(path: Path) -> None:
 
 def _delete(path: Path) -> None:
     """Delete a folder, or a link that someone put in its place."""
-    path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
 
 
 def _flush(path: Path) -> None:

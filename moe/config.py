@@ -267,6 +267,8 @@ class Config(_Section):
                 f"{train.micro_batch_size} does not divide train.global_batch_size "
                 f"({train.global_batch_size}); choose a divisor",
             )
+        if train.compile and self.parallel.ep_size > 1:
+            raise _refuse("train.compile", "does not go with parallel.ep_size > 1; set it to false")
         if self.optim.warmup_steps > train.steps:
             raise _refuse(
                 "optim.warmup_steps",

@@ -25,8 +25,8 @@ class Route:
 
     Attributes:
         permutation: which row went to which rank.
-        send: rows for each rank.
-        receive: rows from each rank.
+        send: rows for each rank, R numbers.
+        receive: rows from each rank, R numbers.
     """
 
     permutation: Permutation
@@ -53,7 +53,13 @@ class DispatchMetadata:
 
 @dataclass(frozen=True)
 class InFlight:
-    """Rows on their way from `dispatch` to `receive`."""
+    """Rows on their way from `dispatch` to `receive`.
+
+    Attributes:
+        rows: (T, D) of the tokens that come here; not to be read while there is an exchange.
+        metadata: for `combine`.
+        exchange: the transfer to wait for; None where there is none.
+    """
 
     rows: Tensor
     metadata: DispatchMetadata
@@ -191,6 +197,8 @@ class AllToAllDispatcher:
         to_ranks = plan_routed(ranks_TC, self.num_ranks, sum(send))
         choices_Sk2 = self._choices(expert_indices, gate_weights, ranks_TK, ranks_TC, share, to_ranks)
         exchange = RowExchange(send, receive, self.group)
+        # Two exchanges, as in the backward pass both are under way at once. This one first: on a GPU, waiting
+        # for it after the rows had started would be waiting for the rows.
         gates_Tk, ids_Tk = RowExchange(send, receive, self.group).run(choices_Sk2).unbind(2)
         rows_SD = permute(hidden, to_ranks)
         rows_TD = exchange.start(rows_SD) if self.overlap else exchange.run(rows_SD)

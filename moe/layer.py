@@ -28,7 +28,8 @@ class MoEAux(NamedTuple):
         tokens_per_expert: (E,) int64, assignments before dropping.
         dropped_tokens: () int64, assignments dropped for lack of capacity.
         router_entropy: () fp32, nats, detached.
-        dispatch_bytes: () int64, bytes of the token rows that this rank sent to other ranks' experts.
+        dispatch_bytes: () int64, bytes of the token rows that this rank sent to other ranks' experts; gate
+            weights, expert ids, the way back and the backward pass are not in it.
     """
 
     load_balancing_loss: Tensor

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint import Checkpoint, has_checkpoint, newest_checkpoint
+from moe.checkpoint import newest_checkpoint
 from moe.config import Config, ConfigError
 from moe.config_io import dump_config, flat_config, load_config, parse_config
 
@@ -86,15 +86,10 @@ class RunFolder:
             raise ConfigError("run.dir", f"cannot write to {self.path} ({error.strerror})") from None
 
 
-def open_run(config: Config, check_content: bool) -> tuple[RunFolder, Checkpoint | None, list[str]]:
+def open_run(config: Config) -> RunFolder:
     """Look at the run's folder, writing nothing.
 
-    Args:
-        config: of the run to start.
-        check_content: compare the checkpoint with its checksums; one rank does it for all.
-
-    Returns:
-        The folder, the checkpoint to resume from (None: start fresh), and warnings about damaged ones.
+    Of checkpoints, only the manifests are read here; `newest_checkpoint` checks the content.
 
     Raises:
         ConfigError: the folder is no place for this run, or the run is not the one that was saved.
@@ -105,11 +100,9 @@ def open_run(config: Config, check_content: bool) -> tuple[RunFolder, Checkpoint
         raise ConfigError(
             "run.resume", f"never, but {folder.path} already holds a run; choose another run.name"
         )
-    checkpoint, warnings = newest_checkpoint(folder.checkpoints, check_content)
-    if checkpoint is None and has_checkpoint(folder.checkpoints):
-        raise ConfigError(
-            "run.dir", f"{warnings[0].split('; ')[0]}, and so is every other one; choose another run.name"
-        )
+    checkpoint, warnings = newest_checkpoint(folder.checkpoints, check_content=False)
+    if checkpoint is None and warnings:
+        raise all_damaged(warnings)
     if checkpoint is None and folder.summary.exists():
         raise ConfigError(
             "run.dir", f"{folder.path} is a finished run whose checkpoints are gone; choose another run.name"
@@ -124,7 +117,13 @@ def open_run(config: Config, check_content: bool) -> tuple[RunFolder, Checkpoint
                 f"{config.train.steps}, but the run is already at step {checkpoint.step}; raise it "
                 "or choose another run.name",
             )
-    return folder, checkpoint, warnings
+    return folder
+
+
+def all_damaged(warnings: list[str]) -> ConfigError:
+    """The refusal of a run that no checkpoint can continue."""
+    problem = warnings[0].split("; ")[0]
+    return ConfigError("run.dir", f"{problem}, and so is every other one; choose another run.name")
 
 
 def _check_usable(folder: RunFolder) -> None:

@@ -23,7 +23,7 @@ _WANDB_PATIENCE_S = 30.0
 
 
 class StepMeter:
-    """Sums of one global batch, kept on the device: reading them once a step is the only wait for it.
+    """Sums of one global batch, kept on the device until they are read, once a step.
 
     Args:
         device: where the losses live.

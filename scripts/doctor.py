@@ -389,8 +389,8 @@ def check_experts(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(checkpoint.read("weights", name).view(parameter.shape))
-        for i in ids:
-            sample = read_samples(corpus.train, ids[ids == i][:1], config.data.seq_len)
+        for i in range(samples):
+            sample = read_samples(corpus.train, ids[i : i + 1], config.data.seq_len)
             counts = counts + model(torch.from_numpy(sample[:, :-1]).to(device)).aux.tokens_per_expert.cpu()
     dead, share = int((counts == 0).sum()), float(counts.min() / counts.double().mean())
     report.add(

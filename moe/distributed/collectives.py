@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_to_all_single
+from torch.distributed import ProcessGroup, Work, all_to_all_single
 
 
 def exchange_counts(counts: Tensor, group: ProcessGroup) -> tuple[list[list[int]], list[list[int]]]:
@@ -40,6 +40,7 @@ class RowExchange:
 
     def __init__(self, send: list[int], receive: list[int], group: ProcessGroup):
         self.send, self.receive, self.group = send, receive, group
+        self._under_way: tuple[Work, Tensor, Tensor] | None = None
 
     def start(self, rows: Tensor) -> Tensor:
         """Begin to send.
@@ -53,19 +54,26 @@ class RowExchange:
         return _Start.apply(rows, self)
 
     def wait(self, in_flight: Tensor) -> Tensor:
-        """End the transfer and return what arrived.
+        """End the transfer.
 
         Args:
             in_flight: what `start` returned.
+
+        Returns:
+            (sum(receive), ...), what arrived.
+
+        Raises:
+            RuntimeError: from torch, where a rank of the group is gone or late.
         """
         return _Wait.apply(in_flight, self)
 
     def run(self, rows: Tensor) -> Tensor:
-        """`start` and `wait` in one."""
+        """`start` and `wait` in one: (sum(send), ...) to (sum(receive), ...)."""
         return self.wait(self.start(rows))
 
-    def begin(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Start one transfer without autograd; `end` must follow before the next."""
+    def _begin(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Start one transfer without autograd; `_end` must follow before the next."""
+        assert self._under_way is None, "one transfer at a time"
         received = rows.new_empty(sum(receive), *rows.shape[1:])
         rows = rows.contiguous()
         work = all_to_all_single(received, rows, receive, send, self.group, async_op=True)
@@ -73,11 +81,12 @@ class RowExchange:
         self._under_way = work, received, rows  # alive until the transfer ends
         return received
 
-    def end(self) -> Tensor:
-        """Wait for what `begin` started (on CPU the process, on a GPU its stream); what arrived."""
+    def _end(self) -> Tensor:
+        """Wait for what `_begin` started (on CPU the process, on a GPU its stream); what arrived."""
+        assert self._under_way is not None, "nothing is under way"
         work, received, _ = self._under_way
         work.wait()
-        del self._under_way
+        self._under_way = None
         return received
 
 
@@ -85,22 +94,22 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, exchange: RowExchange) -> Tensor:
         ctx.exchange = exchange
-        return exchange.begin(rows, exchange.send, exchange.receive)
+        return exchange._begin(rows, exchange.send, exchange.receive)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.end(), None
+        return ctx.exchange._end(), None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, in_flight: Tensor, exchange: RowExchange) -> Tensor:
         ctx.exchange = exchange
-        exchange.end()
+        exchange._end()
         return in_flight.view_as(in_flight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         exchange: RowExchange = ctx.exchange
-        exchange.begin(grads[0], exchange.receive, exchange.send)
+        exchange._begin(grads[0], exchange.receive, exchange.send)
         return grads[0], None  # of the right shape for autograd; _Start replaces it by what arrives

@@ -47,7 +47,13 @@ def choose_device(parallel: ParallelConfig) -> torch.device:
         raise ConfigError("parallel.device", "torch sees no CUDA device; set it to cpu or auto")
     if parallel.device == "cpu" or not has_cuda:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    place, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= devices:
+        raise ConfigError(
+            "parallel.device",
+            f"process {place} of this node has none of its {devices} CUDA devices; start fewer, or use cpu",
+        )
+    return torch.device("cuda", place)
 
 
 def join(parallel: ParallelConfig, device: torch.device) -> None:
@@ -112,7 +118,8 @@ def why_lost(error: RuntimeError) -> str | None:
     """One line on a collective that failed, and on who is missing; None where the error is no collective's.
 
     To be called on every rank on which one failed: calling it says that this rank is alive. A rank that says
-    nothing within some seconds died, hangs, or is too busy to have noticed.
+    nothing within some seconds died, hangs, or is too busy to have noticed. Under NCCL torch's watchdog may
+    end the process first, with a message of its own.
     """
     text = str(error)
     is_collective = isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text

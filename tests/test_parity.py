@@ -1,0 +1,145 @@
+"""Whole runs of train.py on several topologies: one and the same run."""
+
+import itertools
+
+import pytest
+import torch
+
+import train
+from moe.dispatch import choose_dispatcher
+from moe.engine import Engine, start
+from moe.transformer import Transformer, init_weights
+from tests.conftest import read_lines
+from tests.ranks import run_ranks
+from tests.test_engine import batches, loss_of, make_config
+from tests.test_train import final_state
+
+STEPS = 50
+REFERENCE = (1, 1, 1, 4)  # ranks, ep_size, ZeRO stage, micro batch
+OTHERS = [
+    (1, 1, 2, 1),
+    (2, 1, 1, 4),
+    (2, 2, 1, 4),
+    (2, 2, 2, 1),
+    (4, 1, 2, 4),
+    (4, 2, 1, 1),
+    (4, 2, 2, 4),
+    (4, 4, 2, 4),
+]
+# What rounding explains: loss and norm relative, final weights absolute.
+LOSS, NORM, WEIGHTS = 1e-5, 1e-4, 1e-4
+
+
+def overrides_of(topology, folder):
+    ranks, ep_size, zero_stage, micro = topology
+    return [
+        f"parallel.ep_size={ep_size}", f"parallel.zero_stage={zero_stage}", f"train.micro_batch_size={micro}",
+        f"run.dir={folder / f'{ranks}-{ep_size}-{zero_stage}-{micro}'}",
+    ]  # fmt: skip
+
+
+def train_each(calls):
+    assert [train.main(call) for call in calls] == [0] * len(calls)
+
+
+def train_topologies(topologies, overrides, folder):
+    for ranks, group in itertools.groupby(sorted(topologies), key=lambda topology: topology[0]):
+        run_ranks(ranks, train_each, [[*overrides, *overrides_of(topology, folder)] for topology in group])
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("topologies")
+    overrides = [
+        *small, f"train.steps={STEPS}", "train.global_batch_size=16", "train.eval_interval=25",
+        "train.checkpoint_interval=50", "optim.warmup_steps=10", "optim.grad_clip=0.3",
+    ]  # fmt: skip
+    train_topologies([REFERENCE, *OTHERS], overrides, folder)
+    return folder
+
+
+def lines_of(folder, topology):
+    return read_lines(folder / "-".join(map(str, topology)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", OTHERS, ids=str)
+def test_every_loss_norm_evaluation_and_weight_is_that_of_one_rank(runs, topology):
+    lines, reference = lines_of(runs, topology), lines_of(runs, REFERENCE)
+    assert min(line["optim/grad_norm"] for line in reference if "loss/lm" in line) > 0.3, "clipping must bite"
+    for line, wanted in zip(lines, reference, strict=True):
+        for key in {"loss/lm", "loss/load_balancing", "loss/router_z", "eval/loss"} & wanted.keys():
+            assert line[key] == pytest.approx(wanted[key], rel=LOSS), (line["step"], key)
+        for key in [key for key in wanted if key.startswith("optim/grad_norm")]:
+            assert line[key] == pytest.approx(wanted[key], rel=NORM), (line["step"], key)
+    state, expected = (final_state(runs / "-".join(map(str, each))) for each in (topology, REFERENCE))
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if name.startswith("weights"):
+            torch.testing.assert_close(state[name], tensor, rtol=0, atol=WEIGHTS, msg=name)
+
+
+@pytest.mark.slow
+def test_bytes_are_counted_where_experts_are_split_and_nowhere_else(runs):
+    for topology in (REFERENCE, *OTHERS):
+        sent = {line["comm/dispatch_bytes"] > 0 for line in lines_of(runs, topology) if "loss/lm" in line}
+        assert sent == {topology[1] > 1}, topology
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputation_overlap_and_the_way_to_send_change_no_step(small, tmp_path, precision):
+    """On two ranks that split the experts. In bf16, partial sums on another rank round otherwise."""
+    common = [*small, f"parallel.precision={precision}", "parallel.ep_size=2", "moe.top_k=3"]
+    changes = {
+        "plain": [],
+        "recomputed": ["train.activation_checkpointing=true"],
+        "one after the other": ["parallel.overlap=false"],
+        "per expert": ["parallel.dispatch=once_per_expert"],
+    }
+    changes["all"] = [override for extra in changes.values() for override in extra]
+    run_ranks(
+        2, train_each, [[*common, *extra, f"run.dir={tmp_path / name}"] for name, extra in changes.items()]
+    )
+    plain = read_lines(tmp_path / "plain")
+    for name in ("recomputed", "one after the other"):
+        assert read_lines(tmp_path / name) == plain, name
+    tolerance = {"fp32": 1e-5, "bf16": 2e-2}[precision]
+    for name in ("per expert", "all"):
+        for line, wanted in zip(read_lines(tmp_path / name), plain, strict=True):
+            for key in {"loss/lm", "eval/loss"} & wanted.keys():
+                assert line[key] == pytest.approx(wanted[key], rel=tolerance), (name, line["step"], key)
+            if "loss/lm" in wanted:
+                assert line["comm/dispatch_bytes"] > wanted["comm/dispatch_bytes"]
+
+
+def replicas_after_20_steps(zero_stage, precision, grad_clip):
+    config = make_config(
+        train={"micro_batch_size": 2, "steps": 20},
+        optim={"grad_clip": grad_clip},
+        parallel={"ep_size": 2, "zero_stage": zero_stage, "precision": precision},
+    )
+    world = start(config.parallel)
+    model = Transformer(config, choose_dispatcher(world.groups, config.parallel), "grouped_mm")
+    init_weights(model, 0)
+    engine = Engine(model, config, world)
+    for tokens in batches(20):
+        mine = tokens[2 * world.rank : 2 * world.rank + 2]
+        engine.backward(loss_of(engine(mine[:, :-1]), mine))
+        norms = engine.step(1e-2)
+        squares = sum(norm**2 for norm in norms.families().values())
+        assert squares == pytest.approx(norms.total**2, rel=1e-3)
+    for name, parameter in engine.module.named_parameters():
+        group = world.groups.edp_group if ".experts." in name else world.groups.dp_group
+        copies = [torch.empty_like(parameter) for _ in range(group.size())]
+        torch.distributed.all_gather(copies, parameter.detach(), group=group)
+        assert len(copies) == (2 if ".experts." in name else 4)
+        assert all(torch.equal(copy, parameter) for copy in copies), name
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "precision", "grad_clip"),
+    [(1, "fp32", 0.5), (2, "fp32", 0.0), (1, "bf16", 0.5), (2, "bf16", 0.0)],
+)
+def test_replicas_are_bit_equal_after_20_steps(zero_stage, precision, grad_clip):
+    run_ranks(4, replicas_after_20_steps, zero_stage, precision, grad_clip)
