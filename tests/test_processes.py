@@ -1,7 +1,6 @@
-"""Runs in processes of their own: interrupted, killed, and on two ranks."""
+"""One run in a process of its own: interrupted and killed."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import train
-from tests.conftest import read_lines
-from tests.test_train import assert_same_run, final_state
+from tests.test_train import assert_same_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,40 +54,3 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(small, tmp_path):
     assert subprocess.run(command, env=environment, capture_output=True, timeout=120).returncode == 0
     assert train.main([*overrides, f"run.dir={tmp_path / 'whole'}"]) == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_two_ranks_with_replicated_experts_are_the_run_of_one_process(small, tmp_path, monkeypatch):
-    """Every loss, norm and evaluation; and a checkpoint of one process resumes on two, and of two on one."""
-    arguments = [*small, "train.keep_checkpoints=9"]
-    assert train.main([*arguments, f"run.dir={tmp_path / 'one'}"]) == 0
-    for name, first_ranks, second_ranks in (("one to two", 1, 2), ("two to one", 2, 1)):
-        run = tmp_path / name
-        shutil.copytree(tmp_path / "one", run) if first_ranks == 1 else on_two_ranks(arguments, run)
-        for path in (
-            run / "summary.json",
-            run / "checkpoints" / "step-00000012",
-            run / "checkpoints" / "step-00000008",
-        ):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if second_ranks == 2:
-            assert "resumed from" in on_two_ranks(arguments, run)
-        else:
-            assert train.main([*arguments, f"run.dir={run}"]) == 0
-        for line, other in zip(read_lines(tmp_path / "one"), read_lines(run), strict=True):
-            for key in line.keys() - {"moe/dead_experts"}:
-                assert other[key] == pytest.approx(line[key], rel=1e-4), (name, line["step"], key)
-        for tensor_name, tensor in final_state(tmp_path / "one").items():
-            if tensor_name.startswith("weights"):
-                torch.testing.assert_close(
-                    final_state(run)[tensor_name], tensor, rtol=1e-3, atol=1e-4, msg=tensor_name
-                )
-
-
-def on_two_ranks(arguments, run):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(ROOT / "train.py"), *arguments, f"run.dir={run}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
