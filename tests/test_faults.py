@@ -33,7 +33,7 @@ from tests.test_train import assert_same_run
 
 TWO_RANKS = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
 STEPS = 60  # enough of them that a signal sent at the second arrives before the last
-KILLS, RESTARTS = 20, 4
+KILLS, RESTARTS = 20, 2
 PATIENCE_S = 20  # from a rank's death to the end of the job, on a busy machine
 
 
