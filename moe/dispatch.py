@@ -136,9 +136,7 @@ class LocalDispatcher:
 
     def combine(self, expert_rows: Tensor, metadata: DispatchMetadata) -> Tensor:
         """Bring the rows back and sum them by gate weight; see `Dispatcher.combine`."""
-        outputs_TKD = unpermute(expert_rows, metadata.permutation)
-        gates_T1K = metadata.gate_weights.to(expert_rows.dtype).unsqueeze(1)
-        return torch.bmm(gates_T1K, outputs_TKD).squeeze(1)
+        return unpermute(expert_rows, metadata.permutation, metadata.gate_weights)
 
 
 class AllToAllDispatcher:
@@ -221,7 +219,7 @@ class AllToAllDispatcher:
         assert route is not None, "metadata of another dispatcher"
         sums_TD = self._local.combine(expert_rows, metadata)
         sums_SD = RowExchange(route.receive, route.send, self.group).run(sums_TD)
-        return unpermute(sums_SD, route.permutation).sum(1)
+        return unpermute(sums_SD, route.permutation)
 
     def _distinct(self, ranks_TK: Tensor) -> Tensor:
         """Each token's ranks without repetition, (T, C), filled up with R, which is no rank."""

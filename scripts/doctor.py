@@ -38,8 +38,9 @@ from moe.ops.grouped_mm import choose_expert_path
 from moe.telemetry import read_metrics
 from moe.transformer import Transformer, init_weights
 
-# Largest differences that rounding explains: loss and norm relative, weights absolute.
-BOUNDS = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (2e-2, 2e-1, 2e-2)}
+# Largest differences that rounding explains over the steps: loss and norm relative, weights absolute.
+BOUNDS = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (1e-2, 5e-1, 1e-1)}
+NORM_BOUND = {"fp32": 1e-4, "bf16": 5e-3}  # of one step's norm, relative: no error has had time to grow
 LAYER_BOUND = 1e-4
 MEMORY_SLACK = 2**28  # libraries, buffers and the allocator, beside what the estimate counts
 
@@ -163,7 +164,9 @@ def compare(
         print("      largest relative difference of loss and of gradient norm, absolute of final weights;")
         print("      then the first norm against plain torch's, and the families' norms against the whole.")
         if precision == "bf16":
-            print("      Rounding differs between topologies here, and the bounds find gross errors only.")
+            print(
+                "      Rounding parts bf16 runs at once: of the bounds, only that of the first norm is tight."
+            )
         for job in jobs:
             check_run(report, config, jobs[0], job, folder, norm)
         print("      Stopped at the middle and resumed, against the uninterrupted run:")
@@ -362,7 +365,7 @@ def check_run(report: Report, config: Config, reference: Job, job: Job, folder: 
     report.add(
         job.title,
         f"{show(found)}  torch {first:.1e}  families {families:.1e}",
-        within(found, bounds) and max(first, families) <= bounds[1],
+        within(found, bounds) and max(first, families) <= NORM_BOUND[config.parallel.precision],
     )
 
 

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from moe.ops.permute import permute, permute_reference, plan_permutation, unpermute, unpermute_reference
+from moe.ops.permute import (
+    permute,
+    permute_reference,
+    plan_permutation,
+    plan_routed,
+    unpermute,
+    unpermute_reference,
+)
 
 ROUTINGS = {
     "random": lambda: torch.rand(16, 8).topk(3, dim=1).indices,
@@ -12,12 +19,15 @@ ROUTINGS = {
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_unpermute_undoes_permute(routing):
+def test_unpermute_brings_back_what_permute_copied(routing):
     indices = ROUTINGS[routing]()
-    hidden = torch.randn(indices.shape[0], 4)
+    hidden = torch.randn(indices.shape[0], 4, dtype=torch.float64)
     plan = plan_permutation(indices, 8, torch.ones(indices.shape))
-    back = unpermute(permute(hidden, plan), plan)
-    assert torch.equal(back, hidden[:, None].expand_as(back))
+    rows = permute(hidden, plan)
+    torch.testing.assert_close(unpermute(rows, plan), indices.shape[1] * hidden)
+    only_last = torch.zeros(indices.shape)
+    only_last[:, -1] = 0.5
+    assert torch.equal(unpermute(rows, plan, only_last), 0.5 * hidden)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -46,12 +56,33 @@ def test_both_directions_equal_their_references_with_gradients(capacity):
     expected = torch.autograd.grad((reference * weights).sum(), hidden)
     torch.testing.assert_close(got, expected)
 
-    forward, reference = unpermute(rows, plan), unpermute_reference(rows, plan)
-    torch.testing.assert_close(forward, reference, rtol=0, atol=0)
-    weights = torch.randn_like(forward)
-    got = torch.autograd.grad((forward * weights).sum(), rows)
-    expected = torch.autograd.grad((reference * weights).sum(), rows)
-    torch.testing.assert_close(got, expected)
+    for by in (None, torch.rand(12, 2, dtype=torch.float64, requires_grad=True)):
+        forward, reference = unpermute(rows, plan, by), unpermute_reference(rows, plan, by)
+        torch.testing.assert_close(forward, reference)
+        weights, inputs = torch.randn_like(forward), [rows] if by is None else [rows, by]
+        got = torch.autograd.grad((forward * weights).sum(), inputs)
+        expected = torch.autograd.grad((reference * weights).sum(), inputs)
+        torch.testing.assert_close(got, expected)
+
+
+def test_tokens_with_few_rows_here_are_summed_like_the_reference_and_cost_few_rows():
+    places = torch.full((50, 8), 4)  # 4 marks a choice that is elsewhere
+    places[:, 3] = torch.arange(50) % 4
+    plan = plan_routed(places, 4, 50)
+    rows = torch.randn(50, 6, requires_grad=True)
+    weights = torch.rand(50, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        forward = unpermute(rows, plan, weights)
+    assert sum(kept) <= 50 * 6 + 50 * 8  # (T, K, D) would be 2,400
+    reference = unpermute_reference(rows, plan, weights)
+    torch.testing.assert_close(forward, reference)
+    for got, expected in zip(
+        torch.autograd.grad(forward.square().sum(), (rows, weights)),
+        torch.autograd.grad(reference.square().sum(), (rows, weights)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
 
 
 def test_capacity_keeps_the_highest_gate_weights_of_hand_written_routing():
@@ -85,7 +116,11 @@ def test_a_dropped_assignment_never_touches_undefined_rows():
     rows = torch.full((len(plan.assignment_of_row), 2), float("nan"))
     rows[: int(plan.tokens_per_expert.sum())] = 7
     rows.requires_grad_()
-    back = unpermute(rows, plan)
-    assert back[:, 0, 0].tolist() == [0, 7, 7]
-    (gradient,) = torch.autograd.grad(back.sum(), rows)
+    weights = torch.full((3, 1), 2.0, requires_grad=True)
+    back = unpermute(rows, plan, weights)
+    assert back[:, 0].tolist() == [0, 14, 14]
+    for_rows, for_weights = torch.autograd.grad(back.sum(), (rows, weights))
+    assert for_rows[:, 0].tolist() == [2, 2, 0]
+    assert for_weights.flatten().tolist() == [0, 14, 14]
+    (gradient,) = torch.autograd.grad(unpermute(rows, plan).sum(), rows)
     assert gradient[:, 0].tolist() == [1, 1, 0]
