@@ -8,13 +8,14 @@ import textwrap
 from pathlib import Path
 
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # no test depends on the network, where there is one
+os.environ["OMP_NUM_THREADS"] = "1"  # the tensors are tiny, and tests run side by side
 
 import pytest
 import torch
 
 import train
 
-torch.set_num_threads(1)  # the tensors are tiny, and the machine may be busy
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
