@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from moe import accounting
+from moe.accounting import count
 from moe.checkpoint import newest_checkpoint, on_all_ranks, save_checkpoint, set_aside_newer
 from moe.config import Config, ConfigError
 from moe.config_io import OneLineParser, describe_keys, dump_config, load_config
+from moe.cost import find_gpu
 from moe.data.tokenizer import vocabulary_size
 from moe.data.tokens import TokenizedCorpus, num_samples, prepare_corpus, read_samples, sample_ids
 from moe.dispatch import choose_dispatcher
@@ -36,7 +37,7 @@ from moe.manifest import CheckpointError
 from moe.ops.grouped_mm import choose_expert_path
 from moe.optim import learning_rate
 from moe.plots import plot_losses
-from moe.reporting import summarize, write_samples
+from moe.reporting import describe, summarize, write_samples
 from moe.run_folder import all_damaged, open_run
 from moe.telemetry import MetricsLog, StepMeter, describe_environment, read_metrics
 from moe.transformer import Transformer, init_weights
@@ -83,9 +84,9 @@ def train(config: Config) -> int:
     # 3. The model and the engine.
     for warning in warnings:
         say(f"warning: {warning}", file=sys.stderr)
-    ledger = accounting.count(config)
+    ledger = count(config)
     say(f"{folder.path}: {len(corpus.train):,} training tokens, {world.size} x {world.device.type}")
-    say(accounting.describe(config, world.size))
+    say(describe(config, ledger, world.size))
     dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
     dispatcher = choose_dispatcher(world.groups, config.parallel)
     model = Transformer(config, dispatcher, choose_expert_path(world.device, dtype))
@@ -113,7 +114,8 @@ def train(config: Config) -> int:
     # 4. Train.
     steps, batch_size, seq_len = config.train.steps, config.train.global_batch_size, config.data.seq_len
     micro, train_samples = config.train.micro_batch_size, num_samples(corpus.train, seq_len)
-    peak = accounting.peak_flops(environment["gpu"])
+    gpu = find_gpu(environment["gpu"])
+    peak = config.cost.peak_flops or (gpu.peak_flops if gpu else None)
     stop_request = StopRequest()
     started = time.perf_counter() - wall_s
     bar = tqdm(total=steps, initial=first_step, unit="step", disable=None if is_writer else True, leave=False)
@@ -195,9 +197,11 @@ def train(config: Config) -> int:
     # 6. Leave behind what a person wants to look at.
     samples = write_samples(engine.module, corpus, config, world.device, engine.from_rank_0)
     if log is not None:
-        summary = summarize(read_metrics(folder.metrics), ledger, time.perf_counter() - started)
+        summary = summarize(
+            read_metrics(folder.metrics), ledger, config, time.perf_counter() - started, world.size, gpu
+        )
         log.close()
-        total, active = ledger.params_total / 1e6, ledger.params_active / 1e6
+        total, active = ledger.total / 1e6, ledger.active_all / 1e6
         title = f"{config.run.name}: {total:.1f}M parameters, {active:.1f}M active"
         plot_losses(read_metrics(folder.metrics), title, folder.loss_plot)
         folder.sample.write_text(samples, encoding="utf-8")

@@ -48,7 +48,7 @@ class Attention(nn.Module):
 
     Args:
         model: the section `model` of the configuration. With `qk_norm`, queries and keys pass an RMSNorm
-            per head before rotation.
+            before rotation, per head or, with `qk_norm_scope: all_heads`, over all heads together.
     """
 
     def __init__(self, model: ModelConfig):
@@ -58,8 +58,10 @@ class Attention(nn.Module):
         self.key = nn.Linear(model.d_model, model.n_kv_heads * model.head_dim, bias=False)
         self.value = nn.Linear(model.d_model, model.n_kv_heads * model.head_dim, bias=False)
         self.output = nn.Linear(model.n_heads * model.head_dim, model.d_model, bias=False)
-        self.query_norm = nn.RMSNorm(model.head_dim, NORM_EPS) if model.qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(model.head_dim, NORM_EPS) if model.qk_norm else nn.Identity()
+        together = (1, 1) if model.qk_norm_scope == "head" else (model.n_heads, model.n_kv_heads)
+        self.query_norm, self.key_norm = (
+            nn.RMSNorm(heads * model.head_dim, NORM_EPS) if model.qk_norm else None for heads in together
+        )
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Attend to this and earlier positions.
@@ -72,12 +74,22 @@ class Attention(nn.Module):
             (B, S, D), same dtype.
         """
         query_BHSQ, key_BGSQ, value_BGSQ = (
-            rearrange(projection(hidden), "b s (h q) -> b h s q", q=self.head_dim)
-            for projection in (self.query, self.key, self.value)
+            rearrange(_normalize(projection(hidden), norm), "b s (h q) -> b h s q", q=self.head_dim)
+            for projection, norm in (
+                (self.query, self.query_norm),
+                (self.key, self.key_norm),
+                (self.value, None),
+            )
         )
-        query_BHSQ = apply_rotary(self.query_norm(query_BHSQ), rotary)
-        key_BGSQ = apply_rotary(self.key_norm(key_BGSQ), rotary)
+        query_BHSQ, key_BGSQ = apply_rotary(query_BHSQ, rotary), apply_rotary(key_BGSQ, rotary)
         attended_BHSQ = F.scaled_dot_product_attention(
             query_BHSQ, key_BGSQ, value_BGSQ, is_causal=True, enable_gqa=True
         )
         return self.output(rearrange(attended_BHSQ, "b h s q -> b s (h q)"))
+
+
+def _normalize(projected: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    """Norm as many features at a time as the norm has weights; None: leave them as they are."""
+    if norm is None:
+        return projected
+    return norm(projected.unflatten(-1, (-1, norm.normalized_shape[0]))).flatten(-2)

@@ -65,7 +65,10 @@ class ModelConfig(_Section):
     max_seq_len: int = Field(default=256, gt=0, description="longest context, in tokens")
     rope_theta: float = Field(default=10_000.0, gt=1, description="base of the rotary frequencies")
     tie_embeddings: bool = Field(default=True, description="share the input embedding with the output head")
-    qk_norm: bool = Field(default=False, description="RMSNorm of queries and keys, per head")
+    qk_norm: bool = Field(default=False, description="RMSNorm of queries and keys before rotation")
+    qk_norm_scope: Literal["head", "all_heads"] = Field(
+        default="head", description="what one such norm spans: a head (Qwen3), or all heads at once (OLMoE)"
+    )
     vocab_size: int | None = Field(
         default=None, gt=1, description="rows of the embedding; null: from the tokenizer"
     )
@@ -207,6 +210,24 @@ class LogConfig(_Section):
     wandb_project: str = Field(default="gatework", min_length=1, description="Weights & Biases project")
 
 
+class CostConfig(_Section):
+    """Rates that turn hours into utilisation, money and energy."""
+
+    peak_flops: float | None = Field(
+        default=None, gt=0, description="peak FLOP/s of a device; null: known for common GPUs (bf16, dense)"
+    )
+    watts: float | None = Field(
+        default=None, gt=0, description="power of a device; null: data-sheet power of common GPUs"
+    )
+    usd_per_hour: float | None = Field(
+        default=None, ge=0, description="price of a device; null: a common price of common GPUs"
+    )
+    pue: float = Field(default=1.1, ge=1, description="power of the data centre over that of its devices")
+    kg_co2e_per_kwh: float = Field(
+        default=0.429, ge=0, description="of the electricity; default: US average (Patterson et al. 2021)"
+    )
+
+
 class Config(_Section):
     """One run, complete: every section with every default filled in."""
 
@@ -218,6 +239,7 @@ class Config(_Section):
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
     log: LogConfig = LogConfig()
+    cost: CostConfig = CostConfig()
 
     @model_validator(mode="after")
     def _check_across_fields(self) -> Self:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,24 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def positive(text: str) -> float:
+    """The argument of an option that is a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"should be a number above 0, got {text!r}")
+    return value
+
+
+def positive_int(text: str) -> int:
+    """The argument of an option that is a whole number above 0."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"should be a whole number above 0, got {text!r}")
+    return int(text)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

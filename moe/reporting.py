@@ -1,34 +1,69 @@
-"""What a finished run says of itself: `summary.json` and `sample.txt`."""
+"""What a run says of itself: the table it opens with, `summary.json` and `sample.txt`."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from moe.accounting import Ledger
 from moe.config import Config
+from moe.cost import GPU, training_cost
 from moe.data.tokens import TokenizedCorpus
 from moe.generation import generate
+from moe.memory import estimate_memory, estimate_wire
+from moe.tables import align, gib
 
 _PROMPT_TOKENS, _NEW_TOKENS = 48, 200
 _TEMPERATURE, _TOP_P = 0.7, 0.95
 
 
-def summarize(metrics: list[dict[str, Any]], ledger: Ledger, wall_s: float) -> dict[str, Any]:
+def describe(config: Config, ledger: Ledger, world_size: int) -> str:
+    """The table that a run opens with: parameters, total and active, FLOPs, memory, bytes on the wire."""
+    memory, wire = estimate_memory(config, world_size), estimate_wire(config, world_size)
+    sparse = f"{config.moe.num_experts} experts, top-{config.moe.top_k}"
+    rows = [
+        ("model", "dense" if config.moe.is_dense else sparse),
+        ("parameters, total", f"{ledger.total:,}"),
+        ("parameters, active per token", f"{ledger.active_all:,}"),
+        ("  without input embedding", f"{ledger.active_no_input_emb:,}"),
+        ("  without both embeddings", f"{ledger.active_no_emb:,}"),
+        ("total / active", f"{ledger.sparsity:.2f}"),
+        ("FLOPs per token, forward", f"{ledger.flops_per_token_forward:,}"),
+        ("FLOPs per token, training", f"{ledger.flops_per_token_train:,}"),
+        ("memory of a rank, at its peak", gib(memory.peak)),
+        *((f"  {part}", gib(size)) for part, size in memory.by_part().items()),
+        ("sent by a rank in a step", gib(wire.total)),
+    ]
+    return "\n".join(f"  {line}" for line in align(rows).splitlines())
+
+
+def summarize(
+    metrics: list[dict[str, Any]],
+    ledger: Ledger,
+    config: Config,
+    wall_s: float,
+    devices: int,
+    gpu: GPU | None,
+) -> dict[str, Any]:
     """The figures of `summary.json`.
 
     Args:
         metrics: lines of `metrics.jsonl`.
         ledger: counts of the model.
+        config: its section `cost` holds the rates.
         wall_s: seconds from the first step on, evaluation and saving included, over all resumed parts.
+        devices: GPUs, or CPU processes.
+        gpu: what they are; None: unknown, and so are utilisation, money and energy without `cost.*`.
     """
     train = [line for line in metrics if "loss/lm" in line]
     last_evaluation = next(line for line in reversed(metrics) if "eval/loss" in line)
+    flops = train[-1]["tokens"] * ledger.flops_per_token_train
     tokens_per_step = train[-1]["tokens"] / train[-1]["step"]
     mean_step_s = sum(line["perf/step_s"] for line in train) / len(train)
     return {
-        "params_total": ledger.params_total,
-        "params_active": ledger.params_active,
+        "params_total": ledger.total,
+        "params_active": ledger.active_all,
         "flops_per_token": ledger.flops_per_token_train,
         "final_train_loss": train[-1]["loss/lm"],
         "final_eval_loss": last_evaluation["eval/loss"],
@@ -36,6 +71,7 @@ def summarize(metrics: list[dict[str, Any]], ledger: Ledger, wall_s: float) -> d
         "tokens": train[-1]["tokens"],
         "wall_s": wall_s,
         "tokens_per_s": tokens_per_step / mean_step_s,
+        "cost": asdict(training_cost(flops, wall_s, devices, gpu, config.cost)),
     }
 
 

@@ -13,7 +13,16 @@ from moe.config import Config, ConfigError
 from moe.config_io import dump_config, flat_config, load_config, parse_config
 
 # What a resumed run may change without becoming another experiment.
-_FREE_SECTIONS = ("parallel.", "log.", "run.name", "run.dir", "run.resume", "data.cache_dir", "data.revision")
+_FREE_SECTIONS = (
+    "parallel.",
+    "log.",
+    "cost.",
+    "run.name",
+    "run.dir",
+    "run.resume",
+    "data.cache_dir",
+    "data.revision",
+)
 _FREE_KEYS = {
     "train.steps",
     "train.micro_batch_size",

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from moe.accounting import estimate_memory
 from moe.checkpoint import Checkpoint, newest_checkpoint
 from moe.config import Config, ConfigError
 from moe.config_io import OneLineParser, load_config
@@ -34,6 +33,7 @@ from moe.data.tokens import TokenizedCorpus, num_samples, prepare_corpus, read_s
 from moe.dispatch import LocalDispatcher
 from moe.distributed.launch import choose_device
 from moe.layer import MoELayer
+from moe.memory import estimate_memory
 from moe.ops.grouped_mm import choose_expert_path
 from moe.telemetry import read_metrics
 from moe.transformer import Transformer, init_weights
@@ -433,7 +433,7 @@ def check_experts(
 def check_memory(report: Report, config: Config, job: Job, peak: int) -> None:
     """What a rank took, against the estimate that a run prints at its start."""
     parallel = config.parallel.model_copy(update={"ep_size": job.ep_size, "zero_stage": job.zero_stage})
-    estimate = sum(estimate_memory(config.model_copy(update={"parallel": parallel}), job.ranks).values())
+    estimate = estimate_memory(config.model_copy(update={"parallel": parallel}), job.ranks).peak
     report.add(
         f"ranks {job.ranks}: memory fits the estimate (plus {MEMORY_SLACK / 2**20:.0f} MiB for libraries)",
         f"{peak / 2**20:.0f} MiB, estimate {estimate / 2**20:.0f} MiB",

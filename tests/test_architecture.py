@@ -8,14 +8,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"moe.config"},
-    {"moe.config_io", "moe.losses", "moe.distributed.topology", "moe.manifest"},
+    {"moe.config_io", "moe.tables", "moe.scaling", "moe.losses", "moe.distributed.topology", "moe.manifest"},
     {"moe.distributed.groups", "moe.distributed.collectives", "moe.distributed.launch"},
     {"moe.ops.permute", "moe.ops.grouped_mm"},
     {"moe.router", "moe.experts", "moe.dispatch", "moe.attention"},
     {"moe.layer"},
     {"moe.transformer"},
-    {"moe.data.corpus", "moe.data.tokenizer", "moe.optim", "moe.accounting", "moe.checkpoint", "moe.plots"},
-    {"moe.data.tokens", "moe.telemetry", "moe.run_folder"},
+    {"moe.data.corpus", "moe.data.tokenizer", "moe.optim", "moe.accounting", "moe.cost", "moe.checkpoint", "moe.plots"},
+    {"moe.data.tokens", "moe.memory", "moe.huggingface", "moe.telemetry", "moe.run_folder"},
     {"moe.generation", "moe.engine"},
     {"moe.evaluation", "moe.reporting"},
 ]

@@ -20,7 +20,9 @@ def plain_attention(layer, hidden, model):
     def norm(x, name):
         if not model.qk_norm:
             return x
-        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights[f"{name}_norm.weight"]
+        over = -1 if model.qk_norm_scope == "head" else (-2, -1)
+        weight = weights[f"{name}_norm.weight"].reshape(-1, width)
+        return x / (x.square().mean(over, keepdim=True) + 1e-5).sqrt() * weight
 
     def rotate(x):  # pairs (i, i + width / 2) as complex numbers, times exp(i * position * theta^(-2i/width))
         half = width // 2
@@ -51,9 +53,10 @@ def plain_attention(layer, hidden, model):
         {"n_kv_heads": 4},
         {"n_kv_heads": 2},
         {"n_kv_heads": 1, "qk_norm": True},
+        {"n_kv_heads": 2, "qk_norm": True, "qk_norm_scope": "all_heads"},
         {"head_dim": 16, "n_kv_heads": 2},
     ],
-    ids=["multi-head", "grouped", "multi-query with qk-norm", "wide heads"],
+    ids=["multi-head", "grouped", "multi-query with qk-norm", "norm over all heads", "wide heads"],
 )
 def test_attention_equals_a_plain_implementation(settings):
     model = ModelConfig(d_model=32, n_heads=4, **settings)

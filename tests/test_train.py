@@ -25,7 +25,7 @@ TRAIN_KEYS = {
 }  # fmt: skip
 SUMMARY_KEYS = {
     "params_total", "params_active", "flops_per_token", "final_train_loss", "final_eval_loss",
-    "final_bits_per_byte", "tokens", "wall_s", "tokens_per_s",
+    "final_bits_per_byte", "tokens", "wall_s", "tokens_per_s", "cost",
 }  # fmt: skip
 
 
@@ -76,6 +76,20 @@ def test_a_run_leaves_the_files_of_the_contract(run_main):
     environment = json.loads((run / "env.json").read_text())
     assert {"git_sha", "git_dirty", "versions", "processor"} <= set(environment)
     assert "parameters, active per token" in out
+
+
+def test_a_finished_run_reports_what_it_cost(run_main):
+    rates = ["cost.peak_flops=1e12", "cost.watts=90", "cost.usd_per_hour=0.2", "cost.pue=1.5"]
+    _, run, _, _ = run_main(*rates, folder="priced")
+    summary = json.loads((run / "summary.json").read_text())
+    cost, hours = summary["cost"], summary["wall_s"] / 3600
+    assert cost["flops"] == summary["tokens"] * summary["flops_per_token"]
+    assert cost["utilisation"] == pytest.approx(cost["flops"] / (summary["wall_s"] * 1e12))
+    assert cost["usd"] == pytest.approx(0.2 * hours)
+    assert cost["kwh"] == pytest.approx(0.09 * 1.5 * hours)
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    line = next(line for line in steps if "perf/mfu" in line)
+    assert line["perf/mfu"] == pytest.approx(line["perf/tokens_per_s"] * summary["flops_per_token"] / 1e12)
 
 
 def test_two_runs_are_bit_equal(run_main):

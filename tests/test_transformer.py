@@ -165,7 +165,7 @@ def test_the_gpu_models_forward_meets_no_device_dtype_or_sync_error_on_fake_cuda
     assert logits.shape == (2, config.data.seq_len, 50304)
     assert (logits.device.type, logits.dtype) == ("cuda", torch.bfloat16)
     assert (aux.router_z_loss.device.type, aux.router_z_loss.dtype) == ("cuda", torch.float32)
-    assert sum(p.numel() for p in model.parameters()) == count(config).params_total
+    assert sum(p.numel() for p in model.parameters()) == count(config).total
 
 
 def test_fake_cuda_would_notice_a_host_sync():

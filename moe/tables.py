@@ -1,0 +1,30 @@
+"""Tables for the terminal."""
+
+from collections.abc import Sequence
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, the first column flush left, the others flush right. Short rows end early."""
+    widths = [0] * max(len(row) for row in rows)
+    for row in rows:
+        widths[: len(row)] = [max(width, len(cell)) for width, cell in zip(widths, row, strict=False)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def short(number: float) -> str:
+    """Three digits and a unit, such as 46.7B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{unit}" if abs(number) < 1e3 * size else f"{number / size:,.0f}{unit}"
+    return f"{number:.3g}"
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB."""
+    return f"{size / 2**30:,.2f} GiB"
