@@ -25,6 +25,11 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
+def plain(number: float) -> str:
+    """A number to read aloud: whole from 100 on, three digits below."""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
 def gib(size: float) -> str:
     """Bytes as GiB."""
     return f"{size / 2**30:,.2f} GiB"

@@ -19,7 +19,9 @@ from moe.config_io import OneLineParser, load_config, positive, positive_int
 from moe.cost import GPU, GPUS, known_gpu, projected_cost
 from moe.data.tokenizer import load_tokenizer, vocabulary_size
 from moe.memory import placements
-from moe.tables import align, gib, short
+from moe.tables import align, plain, short
+
+SHOWN = 8  # placements, best first
 
 
 def main(arguments: list[str]) -> int:
@@ -78,13 +80,17 @@ def main(arguments: list[str]) -> int:
     print("GFLOP: per token, at each model's sequence length; embeddings: left out of the active parameters")
     if len(ledgers) == 1:
         print("\n" + align(list(details(ledgers[0]))))
-        print("\n".join(layer_lines(ledgers[0])))
+        for line in layer_lines(ledgers[0]):
+            print(line)
     if options.gpu is not None:
         for record in records:
             print(f"\n{record['name']} on {options.gpus} x {options.gpu.name}")
             print(align(list(cost_rows(record, options.mfu))))
             if record["placements"]:
+                print("what fits, best first; GiB that a GPU holds, and sends in a step")
                 print(align(list(placement_rows(record["placements"]))))
+                if len(record["placements"]) > SHOWN:
+                    print(f"and {len(record['placements']) - SHOWN} more: --json lists them all")
     return 0
 
 
@@ -160,23 +166,23 @@ def cost_rows(record: dict[str, Any], mfu: float) -> Iterator[list[str]]:
     cost = record["cost"]
     yield ["training tokens", short(record["tokens"])]
     yield ["FLOPs of the model", f"{cost['flops']:.3g}"]
-    yield [f"GPU-hours at {mfu:.0%} utilisation", f"{cost['device_hours']:,.4g}"]
-    yield ["days", f"{cost['device_hours'] / record['gpus'] / 24:,.3g}"]
+    yield [f"GPU-hours at {mfu:.0%} utilisation", plain(cost["device_hours"])]
+    yield ["days", plain(cost["device_hours"] / record["gpus"] / 24)]
     yield ["hardware burden, FLOPs", f"{cost['hardware_burden_flops']:.3g}"]
-    yield ["price", "unknown: set cost.usd_per_hour" if cost["usd"] is None else f"${cost['usd']:,.4g}"]
-    yield ["electricity", f"{cost['kwh']:,.4g} kWh"]
-    yield ["emissions", f"{cost['tco2e']:,.4g} tCO2e"]
+    yield ["price", "unknown: set cost.usd_per_hour" if cost["usd"] is None else "$" + plain(cost["usd"])]
+    yield ["electricity", plain(cost["kwh"]) + " kWh"]
+    yield ["emissions", plain(cost["tco2e"]) + " tCO2e"]
 
 
 def placement_rows(found: list[dict[str, Any]]) -> Iterator[list[str]]:
-    """The best ways to place the run, and what a rank holds and sends."""
+    """The best ways to place the run, and what a GPU holds and sends in a step, in GiB."""
     parts = [part for part in found[0]["memory"] if part != "peak"]
-    yield ["fits", "ep_size", "zero_stage", "recompute", "peak", *parts, "sent per step"]
-    for place in found:
+    yield ["fits", "ep_size", "zero_stage", "recompute", "peak", *parts, "sent"]
+    for place in found[:SHOWN]:
         flags = ("yes" if place["fits"] else "no", place["ep_size"], place["zero_stage"])
-        sizes = [gib(place["memory"][part]) for part in ("peak", *parts)]
+        sizes = [place["memory"][part] for part in ("peak", *parts)] + [place["wire"]["total"]]
         recompute = "yes" if place["activation_checkpointing"] else "no"
-        yield [*map(str, flags), recompute, *sizes, gib(place["wire"]["total"])]
+        yield [*map(str, flags), recompute, *(f"{size / 2**30:,.2f}" for size in sizes)]
 
 
 if __name__ == "__main__":

@@ -220,8 +220,8 @@ def notes(rows: list[dict[str, Any]], options: argparse.Namespace) -> Iterator[s
         "that it holds for compute-optimal tokens and top-2 is assumed."
     )
     yield (
-        f"Time: {options.mfu:.0%} utilisation of the dense model, {options.sparse_speed} of its speed for "
-        "sparse ones. Energy: data-sheet power, PUE 1.1, 0.429 kg CO2e a kWh."
+        f"Tokens: the budget over FLOPs per token, attention included. Time: {options.mfu:.0%} utilisation, "
+        f"for sparse models {options.sparse_speed} of that. Energy: data-sheet power, PUE 1.1, 0.429 kg a kWh."
     )
     dense = rows[0]
     if not CHINCHILLA_TOKENS[0] <= dense["tokens"] <= CHINCHILLA_TOKENS[1]:
