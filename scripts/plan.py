@@ -221,7 +221,7 @@ def notes(rows: list[dict[str, Any]], options: argparse.Namespace) -> Iterator[s
     )
     yield (
         f"Tokens: the budget over FLOPs per token, attention included. Time: {options.mfu:.0%} utilisation, "
-        f"for sparse models {options.sparse_speed} of that. Energy: data-sheet power, PUE 1.1, 0.429 kg a kWh."
+        f"for sparse models {options.sparse_speed} of that. Energy: data-sheet power, PUE 1.1, 0.429 kg/kWh."
     )
     dense = rows[0]
     if not CHINCHILLA_TOKENS[0] <= dense["tokens"] <= CHINCHILLA_TOKENS[1]:
