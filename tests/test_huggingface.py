@@ -366,6 +366,21 @@ def test_minimax_attention_without_softmax_is_other_and_has_no_scores(ledger_of)
     assert ledger.flops_by_part["attention"] == 2 * SMALL_ATTENTION + 4 * 4 * 16 * 17
 
 
+def test_laguna_has_another_number_of_heads_in_each_layer(ledger_of):
+    fields = SMALL | parsed("""
+        model_type: laguna, num_experts: 6, shared_expert_intermediate_size: 24, sliding_window: 10,
+        num_attention_heads_per_layer: [4, 6, 4],
+        layer_types: [full_attention, sliding_attention, full_attention]
+    """)
+    ledger = ledger_of(fields, seq_len=40)
+    few = SMALL_ATTENTION + 48 * 4  # a gate per head
+    many = 2 * 48 * 96 + 2 * 48 * 32 + 48 * 6
+    assert ledger.by_part["attention"] == 2 * few + many
+    full, windowed = 4 * 64 * sum(range(1, 41)) // 40, 4 * 96 * (sum(range(1, 11)) + 30 * 10) // 40
+    assert ledger.flops_by_part["attention"] == 2 * (2 * few + many) + 2 * full + windowed
+    assert ledger.by_part["router"] == 2 * (6 * 48 + 6)  # a bias that is a parameter
+
+
 def test_jamba_counts_state_spaces_as_other_and_alternates_them_with_attention_and_experts(ledger_of):
     fields = SQUARE | parsed("""
         model_type: jamba, num_hidden_layers: 4, num_experts: 3, expert_layer_period: 2,
