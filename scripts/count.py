@@ -17,7 +17,7 @@ from moe.accounting import PARTS, Ledger, count
 from moe.config import Config, ConfigError, CostConfig
 from moe.config_io import OneLineParser, load_config, positive, positive_int
 from moe.cost import GPU, GPUS, known_gpu, projected_cost
-from moe.data.tokenizer import load_tokenizer, vocabulary_size
+from moe.data.tokenizer import with_vocabulary
 from moe.memory import placements
 from moe.tables import align, plain, short
 
@@ -92,16 +92,6 @@ def main(arguments: list[str]) -> int:
                 if len(record["placements"]) > SHOWN:
                     print(f"and {len(record['placements']) - SHOWN} more: --json lists them all")
     return 0
-
-
-def with_vocabulary(config: Config) -> Config:
-    """The configuration with `model.vocab_size` filled in, from the tokenizer or its name."""
-    spec = config.data.tokenizer
-    if config.model.vocab_size is not None:
-        return config
-    if spec.startswith("bpe:") and spec.removeprefix("bpe:").isdecimal():
-        return config.resolve(int(spec.removeprefix("bpe:")))
-    return config.resolve(vocabulary_size(load_tokenizer(spec, ())))
 
 
 def overview(ledgers: list[Ledger]) -> Iterator[list[str]]:

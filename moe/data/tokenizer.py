@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, try_to_load_from_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moe.config import ConfigError
+from moe.config import Config, ConfigError
 from moe.config_io import first_line
 
 END_TOKEN = "<|endoftext|>"
@@ -33,6 +33,16 @@ def load_tokenizer(spec: str, training_texts: Iterable[str]) -> Tokenizer:
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """One more than the largest token id: some vocabularies have gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def with_vocabulary(config: Config) -> Config:
+    """The configuration with `model.vocab_size` filled in, from the tokenizer or its name."""
+    spec = config.data.tokenizer
+    if config.model.vocab_size is not None:
+        return config
+    if spec.startswith("bpe:") and spec.removeprefix("bpe:").isdecimal():
+        return config.resolve(int(spec.removeprefix("bpe:")))
+    return config.resolve(vocabulary_size(load_tokenizer(spec, ())))
 
 
 def _make_tokenizer(spec: str, training_texts: Iterable[str]) -> Tokenizer:

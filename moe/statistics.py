@@ -1,0 +1,78 @@
+"""Statistics of paired runs: differences with intervals, power laws, equivalent dense sizes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95 % interval; `low` and `high` are None where a single seed tells no spread."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean of independent values with Student's t interval."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Interval(mean, None, None)
+    half = float(stats.sem(values) * stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
+    return Interval(mean, mean - half, mean + half)
+
+
+def paired_difference(runs: Mapping[int, float], baseline: Mapping[int, float]) -> Interval:
+    """Mean of `runs - baseline` over the seeds that both have, with the interval of the paired t-test."""
+    return mean_interval([runs[seed] - baseline[seed] for seed in sorted(runs.keys() & baseline.keys())])
+
+
+class PowerLaw(NamedTuple):
+    """`y = scale * x ** exponent`, fitted by least squares of logarithms; residuals are of log y."""
+
+    exponent: Interval
+    scale: float
+    residuals: tuple[float, ...]
+
+    def solve(self, y: float) -> float:
+        """The x at which the law gives y."""
+        return (y / self.scale) ** (1 / self.exponent.mean)
+
+
+def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
+    """Fit at least two points; two are met exactly and leave no interval of the exponent."""
+    log_x, log_y = np.log(x), np.log(y)
+    fit = stats.linregress(log_x, log_y)
+    exponent = Interval(float(fit.slope), None, None)
+    if len(x) > 2:
+        half = float(fit.stderr * stats.t.ppf((1 + LEVEL) / 2, len(x) - 2))
+        exponent = Interval(float(fit.slope), float(fit.slope) - half, float(fit.slope) + half)
+    residuals = log_y - (fit.intercept + fit.slope * log_x)
+    return PowerLaw(exponent, math.exp(float(fit.intercept)), tuple(map(float, residuals)))
+
+
+def equivalent_size(runs: Mapping[int, float], dense: Mapping[float, Mapping[int, float]]) -> Interval | None:
+    """Parameters of the dense model of the same loss as `runs`, seed by seed, averaged as logarithms.
+
+    Args:
+        runs: loss by seed.
+        dense: of each dense size, loss by seed; at least two sizes.
+
+    Returns:
+        None where no seed has two dense sizes that get better with size.
+    """
+    sizes = []
+    for seed, loss in runs.items():
+        points = [(size, losses[seed]) for size, losses in dense.items() if seed in losses]
+        if len(points) > 1:
+            law = fit_power_law(*zip(*points, strict=True))
+            if law.exponent.mean < 0:
+                sizes.append(math.log(law.solve(loss)))
+    if not sizes:
+        return None
+    return Interval(*(None if end is None else math.exp(end) for end in mean_interval(sizes)))

@@ -1,0 +1,105 @@
+"""The report of a sweep: `report.html` that opens without a network, `results.csv`, PNGs."""
+
+import csv
+import html
+from base64 import b64encode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moe.sweep_plots import draw
+from moe.sweep_report import COLUMNS, Findings, analyse, read_cells, rows, sentences
+from moe.tables import plain, short
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+  margin: 0 auto; max-width: 62rem; padding: 1rem; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 2px solid #444; vertical-align: bottom; }
+figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; }
+figcaption { color: #444; font-size: .9rem; }
+"""
+
+_SHOWN = {
+    "cell": ("cell", str),
+    "params_total": ("parameters, total", short),
+    "params_active": ("active", short),
+    "flops_per_token": ("FLOPs per token, training", short),
+    "loss": ("loss, nats per token", "{:.4f}".format),
+    "bits_per_byte": ("bits per byte", "{:.4f}".format),
+    "difference": ("against dense", "{:+.4f}".format),
+    "equivalent_dense_params": ("worth a dense one of", short),
+    "tokens_per_s": ("tokens per second", plain),
+    "load_imbalance": ("load, busiest over mean", "{:.2f}".format),
+    "dead_experts": ("dead experts", "{:.1f}".format),
+    "device_hours": ("device hours", plain),
+    "usd": ("USD", plain),
+    "kwh": ("kWh", plain),
+    "tco2e": ("tCO2e", "{:.2g}".format),
+}
+
+
+def write_report(root: Path) -> list[str]:
+    """Report every finished run below a folder, into that folder; the sentences of the report.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    findings = analyse(read_cells(root))
+    table, said, pictures = list(rows(findings)), list(sentences(findings)), draw(findings, root)
+    with (root / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(table)
+    figures = "".join(
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,'
+        f'{b64encode(path.read_bytes()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>\n'
+        for path, caption in pictures
+    )
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(root.name)}</title><style>{_STYLE}</style></head><body>\n"
+        f"<h1>{html.escape(root.name)}</h1>\n<p>{html.escape(_opening(findings))}</p>\n"
+        "<h2>What it shows</h2>\n<ul>" + "".join(f"<li>{html.escape(one)}</li>\n" for one in said) + "</ul>\n"
+        f'<h2>Figures by cell</h2>\n<div class="scroll">{_table(table)}</div>\n'
+        "<p>Loss: validation, mean over seeds, with the 95 % interval of the mean; against dense: paired by "
+        "seed. Cost is summed over seeds; without rates (cost.*) there is neither price nor energy.</p>\n"
+        f"<h2>Pictures</h2>\n{figures}</body></html>\n"
+    )
+    (root / "report.html").write_text(page, encoding="utf-8")
+    return said
+
+
+def _opening(findings: Findings) -> str:
+    cells = findings.cells
+    run = next(iter(cells[0].runs.values()))
+    seeds = sorted({seed for cell in cells for seed in cell.runs})
+    return (
+        f"{sum(len(cell.runs) for cell in cells)} runs of {len(cells)} cells, "
+        f"seeds {', '.join(map(str, seeds))}, {short(run.summary['tokens'])} tokens each of "
+        f"{run.config.data.source}. Cells of one seed share their batches, their evaluation, and all "
+        "initial weights outside experts and routers."
+    )
+
+
+def _table(table: list[dict[str, Any]]) -> str:
+    shown = {key: how for key, how in _SHOWN.items() if any(row[key] is not None for row in table)}
+    head = "".join(f"<th>{html.escape(title)}</th>" for title, _ in shown.values())
+    body = "".join(
+        "<tr>" + "".join(f"<td>{cell}</td>" for cell in _cells(row, shown)) + "</tr>\n" for row in table
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
+
+
+def _cells(row: dict[str, Any], shown: dict[str, Any]) -> Iterator[str]:
+    for key, (_, form) in shown.items():
+        text = "" if row[key] is None else form(row[key])
+        if row.get(f"{key}_low") is not None:
+            text += f" [{form(row[f'{key}_low'])}, {form(row[f'{key}_high'])}]"
+        yield html.escape(text)

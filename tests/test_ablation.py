@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import pytest
+
+from moe.ablation import plan
+from moe.accounting import count
+from moe.config import ConfigError
+from moe.config_io import load_config
+from moe.memory import estimate_memory
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+TINY = load_config(CONFIGS / "tiny.yaml", ["model.vocab_size=1024"])
+
+
+def by_name(cells):
+    return {cell.name: cell for cell in cells}
+
+
+def test_active_flops_are_held_by_the_width_of_the_experts_within_1_percent():
+    cells = by_name(plan(TINY, {"moe.num_experts": [1, 2, 4, 8, 16, 32]}, "active_flops"))
+    reference = count(TINY).flops_per_token_forward
+    for name, cell in cells.items():
+        if name != "dense,equal_total":
+            assert abs(cell.ledger.flops_per_token_forward / reference - 1) < 0.01
+            assert cell.mismatch == pytest.approx(cell.ledger.flops_per_token_forward / reference - 1)
+    # By hand: a router of E experts costs as much as E / 3 of expert width; 2 x 256 + 8 / 3 in the reference.
+    widths = {name: cell.config.moe.d_ff_expert for name, cell in cells.items()}
+    assert [widths[f"num_experts={e}"] for e in (1, 2, 4, 8, 16, 32)] == [512, 256, 256, 256, 256, 256]
+
+
+def test_one_expert_of_the_sweep_is_the_dense_twin():
+    (cell,) = (
+        c for c in plan(TINY, {"moe.num_experts": [1, 8]}, "active_flops") if c.name == "num_experts=1"
+    )
+    twin = load_config(CONFIGS / "tiny_dense.yaml", ["model.vocab_size=1024"])
+    ours, theirs = cell.config.model_dump(exclude={"run"}), twin.model_dump(exclude={"run"})
+    assert ours == theirs
+    assert cell.is_dense
+
+
+def test_granularity_keeps_total_and_active_parameters_but_for_the_router():
+    cells = by_name(plan(TINY, {"granularity": [1, 2, 4]}, "active_flops"))
+    shapes = {
+        g: (c.num_experts, c.top_k, c.d_ff_expert)
+        for g in (1, 2, 4)
+        for c in [cells[f"granularity={g}"].config.moe]
+    }
+    assert shapes == {1: (8, 2, 256), 2: (16, 4, 128), 4: (32, 8, 64)}
+    router = 4 * 128 * 8  # layers, width, experts of the reference
+    for g in (1, 2, 4):
+        ledger = cells[f"granularity={g}"].ledger
+        assert ledger.total - count(TINY).total == (g - 1) * router
+        assert ledger.active_all - count(TINY).active_all == (g - 1) * router
+
+
+def test_more_experts_per_token_are_narrower_and_the_gate_rule_stays():
+    cells = by_name(plan(TINY, {"moe.top_k": [2, 4, 8]}, "active_flops"))
+    assert [cells[f"top_k={k}"].config.moe.d_ff_expert for k in (2, 4, 8)] == [256, 128, 64]
+    assert {cells[f"top_k={k}"].config.moe.normalize_gate_weights for k in (2, 4, 8)} == {True}
+    with pytest.raises(
+        ConfigError, match=r"moe\.normalize_gate_weights"
+    ):  # not switched behind the user's back
+        plan(TINY, {"moe.top_k": [1, 2]}, "active_flops")
+
+
+def test_total_parameters_and_memory_can_be_held_instead():
+    for hold, measure in (
+        ("total_params", lambda config: count(config).total),
+        ("memory", lambda config: estimate_memory(config, 1).peak),
+    ):
+        for cell in plan(TINY, {"moe.num_experts": [4, 8, 16]}, hold):
+            if not cell.is_dense:
+                assert measure(cell.config) == pytest.approx(measure(TINY), rel=0.01)
+
+
+def test_nothing_held_leaves_the_width_alone():
+    cells = by_name(plan(TINY, {"moe.d_ff_expert": [64, 128]}, "none"))
+    assert [cells[f"d_ff_expert={w}"].config.moe.d_ff_expert for w in (64, 128)] == [64, 128]
+
+
+def test_the_dense_baselines_are_always_there_and_the_costly_one_only_where_affordable():
+    cells = by_name(plan(TINY, {"moe.num_experts": [8]}, "active_flops"))
+    assert set(cells) == {"num_experts=8", "dense,equal_active", "dense,equal_total"}
+    assert cells["dense,equal_total"].ledger.total == pytest.approx(count(TINY).total, rel=0.01)
+    many = load_config(CONFIGS / "tiny.yaml", ["model.vocab_size=1024", "moe.num_experts=64"])
+    assert "dense,equal_total" not in by_name(plan(many, {"moe.z_loss_coef": [0.0]}, "active_flops"))
+
+
+def test_two_settings_make_every_combination():
+    cells = plan(TINY, {"moe.num_experts": [4, 8], "moe.z_loss_coef": [0.0, 0.1]}, "active_flops")
+    assert sum(not cell.is_dense for cell in cells) == 4
+
+
+@pytest.mark.parametrize(
+    ("vary", "hold", "complaint"),
+    [
+        ({"moe.d_ff_expert": [64]}, "active_flops", "--hold: active_flops is held by the width"),
+        ({"moe.colour": [1]}, "active_flops", "--vary: moe.colour is no key"),
+        ({"granularity": [3]}, "active_flops", "granularity: 3 does not divide"),
+        ({"moe.top_k": [99]}, "active_flops", "moe.top_k: 99 is more than"),
+        ({"granularity": [8]}, "active_flops", "--hold: granularity=8 misses active_flops by"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(vary, hold, complaint):
+    with pytest.raises(ConfigError) as caught:
+        plan(TINY, vary, hold)
+    assert str(caught.value).startswith(complaint)
