@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -47,7 +47,7 @@ class PowerLaw(NamedTuple):
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     """Fit at least two points; two are met exactly and leave no interval of the exponent."""
     log_x, log_y = np.log(x), np.log(y)
-    fit = stats.linregress(log_x, log_y)
+    fit: Any = stats.linregress(log_x, log_y)
     exponent = Interval(float(fit.slope), None, None)
     if len(x) > 2:
         half = float(fit.stderr * stats.t.ppf((1 + LEVEL) / 2, len(x) - 2))
@@ -56,7 +56,7 @@ def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     return PowerLaw(exponent, math.exp(float(fit.intercept)), tuple(map(float, residuals)))
 
 
-def equivalent_size(runs: Mapping[int, float], dense: Mapping[float, Mapping[int, float]]) -> Interval | None:
+def equivalent_size(runs: Mapping[int, float], dense: Mapping[int, Mapping[int, float]]) -> Interval | None:
     """Parameters of the dense model of the same loss as `runs`, seed by seed, averaged as logarithms.
 
     Args:
@@ -75,4 +75,7 @@ def equivalent_size(runs: Mapping[int, float], dense: Mapping[float, Mapping[int
                 sizes.append(math.log(law.solve(loss)))
     if not sizes:
         return None
-    return Interval(*(None if end is None else math.exp(end) for end in mean_interval(sizes)))
+    mean, low, high = mean_interval(sizes)
+    return Interval(
+        math.exp(mean), None if low is None else math.exp(low), None if high is None else math.exp(high)
+    )

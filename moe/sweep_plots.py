@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -71,7 +72,7 @@ def draw(findings: Findings, folder: Path) -> list[tuple[Path, str]]:
     return pictures
 
 
-def _style(index: int, of: int) -> dict[str, object]:
+def _style(index: int, of: int) -> dict[str, Any]:
     return {
         "color": plt.get_cmap("viridis")(0.85 * index / max(of - 1, 1)),
         "marker": _MARKERS[index % len(_MARKERS)],

@@ -220,7 +220,7 @@ def _interval(value: Interval, sign: int = 1) -> str:
     return f"{sign * value.mean:.4f} [{low:.4f}, {high:.4f}]"
 
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "cell", "experts", "top_k", "d_ff_expert", "seeds", "params_total", "params_active", "flops_per_token",
     "loss", "loss_low", "loss_high", "bits_per_byte", "difference", "difference_low", "difference_high",
     "equivalent_dense_params", "tokens_per_s", "load_imbalance", "dead_experts", "router_entropy",

@@ -59,7 +59,7 @@ def test_two_points_are_met_exactly_and_give_no_interval():
 
 
 def test_a_planted_equivalent_size_is_recovered_seed_by_seed():
-    dense = {size: {seed: (5 + seed) * size**-0.1 for seed in range(3)} for size in (1e6, 4e6, 9e6)}
+    dense = {int(size): {seed: (5 + seed) * size**-0.1 for seed in range(3)} for size in (1e6, 4e6, 9e6)}
     runs = {seed: (5 + seed) * 2.5e6**-0.1 for seed in range(3)}  # worth 2.5M on every seed
     found = equivalent_size(runs, dense)
     assert found == pytest.approx((2.5e6, 2.5e6, 2.5e6))
