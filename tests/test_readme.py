@@ -12,6 +12,8 @@ import pytest
 import train
 from moe.config_io import describe_keys
 
+pytestmark = pytest.mark.xdist_group("readme")  # its runs are made once
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
