@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, try_to_load_from_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moe.config import ConfigError
+from moe.config import Config, ConfigError
 from moe.config_io import first_line
 
 END_TOKEN = "<|endoftext|>"
@@ -35,13 +35,34 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def with_vocabulary(config: Config) -> Config:
+    """The configuration with `model.vocab_size` filled in, from the tokenizer's name where that says it.
+
+    Raises:
+        ConfigError: no such tokenizer, or `model.vocab_size` is less than its vocabulary.
+    """
+    spec = config.data.tokenizer
+    if spec.startswith("bpe:"):
+        return config.resolve(_bpe_size(spec))
+    if config.model.vocab_size is not None and spec != "bytes":
+        return config
+    try:
+        return config.resolve(vocabulary_size(load_tokenizer(spec, ())))
+    except ConfigError as error:
+        raise ConfigError("model.vocab_size", f"set it, because {error}") from None
+
+
+def _bpe_size(spec: str) -> int:
+    size = spec.removeprefix("bpe:")
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
+    if not (size.isascii() and size.isdecimal()) or not smallest <= int(size) <= 1_000_000:
+        raise ConfigError("data.tokenizer", f"{spec!r} should be bpe:N with N at least {smallest}")
+    return int(size)
+
+
 def _make_tokenizer(spec: str, training_texts: Iterable[str]) -> Tokenizer:
     if spec.startswith("bpe:"):
-        size = spec.removeprefix("bpe:")
-        smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
-        if not (size.isascii() and size.isdecimal()) or not smallest <= int(size) <= 1_000_000:
-            raise ConfigError("data.tokenizer", f"{spec!r} should be bpe:N with N at least {smallest}")
-        return _train_bpe(int(size), training_texts)
+        return _train_bpe(_bpe_size(spec), training_texts)
     if spec == "bytes":
         alphabet = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
         tokenizer = _byte_level(models.BPE(vocab=alphabet, merges=[]))
