@@ -86,7 +86,7 @@ def train(config: Config) -> int:
         say(f"warning: {warning}", file=sys.stderr)
     ledger = count(config)
     say(f"{folder.path}: {len(corpus.train):,} training tokens, {world.size} x {world.device.type}")
-    say(describe(config, ledger, world.size))
+    say(describe(config, ledger, world.size, world.device.type))
     dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
     dispatcher = choose_dispatcher(world.groups, config.parallel)
     model = Transformer(config, dispatcher, choose_expert_path(world.device, dtype))
@@ -96,11 +96,12 @@ def train(config: Config) -> int:
             block.compile()
     engine = Engine(model, config, world)
 
-    first_step, wall_s = 0, 0.0
+    first_step, wall_s, device_s = 0, 0.0, 0.0
     if checkpoint is not None:
         on_all_ranks(lambda: engine.load_state(checkpoint))
         checkpoint.close()
         first_step, wall_s = checkpoint.step, checkpoint.info["wall_s"]
+        device_s = checkpoint.info["device_s"]
         say(f"resumed from {checkpoint.path}")
     environment = describe_environment(world.size)
     log = None
@@ -117,7 +118,13 @@ def train(config: Config) -> int:
     gpu = find_gpu(environment["gpu"])
     peak = config.cost.peak_flops or (gpu.peak_flops if gpu else None)
     stop_request = StopRequest()
-    started = time.perf_counter() - wall_s
+    started = time.perf_counter()
+
+    def spent() -> dict[str, float]:
+        """Seconds since the first step, and the same times the devices of each part of the run."""
+        part_s = time.perf_counter() - started
+        return {"wall_s": wall_s + part_s, "device_s": device_s + part_s * world.size}
+
     bar = tqdm(total=steps, initial=first_step, unit="step", disable=None if is_writer else True, leave=False)
     for step in range(first_step, steps):
         step_started = time.perf_counter()
@@ -175,7 +182,7 @@ def train(config: Config) -> int:
                 )
         stopping = engine.any_rank(stop_request.made) and done < steps
         if done % config.train.checkpoint_interval == 0 or done == steps or stopping:
-            info = {"data_fingerprint": corpus.fingerprint, "wall_s": time.perf_counter() - started}
+            info = {"data_fingerprint": corpus.fingerprint} | spent()
             save_checkpoint(
                 folder.checkpoints,
                 done,
@@ -197,9 +204,7 @@ def train(config: Config) -> int:
     # 6. Leave behind what a person wants to look at.
     samples = write_samples(engine.module, corpus, config, world.device, engine.from_rank_0)
     if log is not None:
-        summary = summarize(
-            read_metrics(folder.metrics), ledger, config, time.perf_counter() - started, world.size, gpu
-        )
+        summary = summarize(read_metrics(folder.metrics), ledger, config, **spent(), gpu=gpu)
         log.close()
         total, active = ledger.total / 1e6, ledger.active_all / 1e6
         title = f"{config.run.name}: {total:.1f}M parameters, {active:.1f}M active"

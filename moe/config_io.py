@@ -43,6 +43,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def fraction(text: str) -> float:
+    """The argument of an option that is a number above 0 and at most 1."""
+    if positive(text) > 1:
+        raise argparse.ArgumentTypeError(f"should be above 0 and at most 1, got {text!r}")
+    return float(text)
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply overrides in order, validate.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from moe.config import CostConfig
 
 HOUR = 3600.0
-GB = 10**9  # as in data sheets
+GB = 2**30  # what is sold as 80 GB is 80 GiB, but for what error correction and the driver take
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ GPUS = (
     GPU("H100", 989e12, 80 * GB, 3.35e12, 700, 3.00),
     GPU("H100 PCIe", 756e12, 80 * GB, 2.0e12, 350, None),
     GPU("H100 NVL", 835e12, 94 * GB, 3.9e12, 400, None),
-    GPU("H200", 989e12, 141 * GB, 4.8e12, 700, 4.00),
+    GPU("H200", 989e12, 140 * GB, 4.8e12, 700, 4.00),
     GPU("B200", 2250e12, 180 * GB, 8.0e12, 1000, None),
     GPU("MI300X", 1307e12, 192 * GB, 5.3e12, 750, None),
 )
@@ -91,21 +91,20 @@ class Cost:
     tco2e: float | None
 
 
-def training_cost(flops: float, seconds: float, devices: int, gpu: GPU | None, rates: CostConfig) -> Cost:
-    """Cost of `flops` done in `seconds` on so many devices.
+def training_cost(flops: float, device_s: float, gpu: GPU | None, rates: CostConfig) -> Cost:
+    """Cost of `flops` done in `device_s`.
 
     Args:
         flops: FLOPs of the whole run.
-        seconds: wall clock.
-        devices: GPUs, or CPU processes.
+        device_s: seconds times GPUs, or CPU processes.
         gpu: what they are; None: unknown.
         rates: the section `cost` of the configuration; what it names goes before the GPU's own figures.
     """
     peak = rates.peak_flops or (gpu.peak_flops if gpu else None)
     watts = rates.watts or (gpu.watts if gpu else None)
     price = rates.usd_per_hour if rates.usd_per_hour is not None else (gpu.usd_per_hour if gpu else None)
-    hours = devices * seconds / HOUR
-    burden = None if peak is None else devices * seconds * peak
+    hours = device_s / HOUR
+    burden = None if peak is None else device_s * peak
     kwh = None if watts is None else hours * watts * rates.pue / 1000
     return Cost(
         flops=flops,
@@ -118,7 +117,6 @@ def training_cost(flops: float, seconds: float, devices: int, gpu: GPU | None, r
     )
 
 
-def projected_cost(flops: float, mfu: float, devices: int, gpu: GPU, rates: CostConfig) -> Cost:
+def projected_cost(flops: float, mfu: float, gpu: GPU, rates: CostConfig) -> Cost:
     """Cost of a run that reaches the utilisation `mfu`; the others as in `training_cost`."""
-    seconds = flops / (devices * mfu * (rates.peak_flops or gpu.peak_flops))
-    return training_cost(flops, seconds, devices, gpu, rates)
+    return training_cost(flops, flops / (mfu * (rates.peak_flops or gpu.peak_flops)), gpu, rates)

@@ -18,9 +18,9 @@ _PROMPT_TOKENS, _NEW_TOKENS = 48, 200
 _TEMPERATURE, _TOP_P = 0.7, 0.95
 
 
-def describe(config: Config, ledger: Ledger, world_size: int) -> str:
+def describe(config: Config, ledger: Ledger, world_size: int, device: str) -> str:
     """The table that a run opens with: parameters, total and active, FLOPs, memory, bytes on the wire."""
-    memory, wire = estimate_memory(config, world_size), estimate_wire(config, world_size)
+    memory, wire = estimate_memory(config, world_size, device), estimate_wire(config, world_size)
     sparse = f"{config.moe.num_experts} experts, top-{config.moe.top_k}"
     rows = [
         ("model", "dense" if config.moe.is_dense else sparse),
@@ -43,7 +43,7 @@ def summarize(
     ledger: Ledger,
     config: Config,
     wall_s: float,
-    devices: int,
+    device_s: float,
     gpu: GPU | None,
 ) -> dict[str, Any]:
     """The figures of `summary.json`.
@@ -53,8 +53,9 @@ def summarize(
         ledger: counts of the model.
         config: its section `cost` holds the rates.
         wall_s: seconds from the first step on, evaluation and saving included, over all resumed parts.
-        devices: GPUs, or CPU processes.
-        gpu: what they are; None: unknown, and so are utilisation, money and energy without `cost.*`.
+        device_s: the same, times the GPUs (or CPU processes) of each part.
+        gpu: what they are, in the last part; None: unknown, and without `cost.*` so are utilisation, money
+            and energy.
     """
     train = [line for line in metrics if "loss/lm" in line]
     last_evaluation = next(line for line in reversed(metrics) if "eval/loss" in line)
@@ -71,7 +72,7 @@ def summarize(
         "tokens": train[-1]["tokens"],
         "wall_s": wall_s,
         "tokens_per_s": tokens_per_step / mean_step_s,
-        "cost": asdict(training_cost(flops, wall_s, devices, gpu, config.cost)),
+        "cost": asdict(training_cost(flops, device_s, gpu, config.cost)),
     }
 
 

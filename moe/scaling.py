@@ -11,7 +11,7 @@ CHINCHILLA_PARAMS, CHINCHILLA_TOKENS = (70e6, 16e9), (5e9, 5e11)  # of the runs 
 # Clark et al. 2022, their fit for S-BASE (top-1 of E experts), logarithms to base 10.
 _CLARK_A, _CLARK_B, _CLARK_C = -0.082, -0.108, 0.009
 _E_START, _E_MAX = 1.847, 314.478
-CLARK_PARAMS = (15e6, 1.3e9)  # active parameters of the models behind it, with 1 to 512 experts
+CLARK_PARAMS, CLARK_EXPERTS = (15e6, 1.3e9), 512  # active parameters and most experts of the models behind it
 
 
 def chinchilla_loss(params: float, tokens: float) -> float:
@@ -26,8 +26,8 @@ def compute_optimal(flops: float) -> tuple[float, float]:
     return params, flops / (6 * params)
 
 
-def equivalent_dense(params: float, num_experts: int) -> float:
-    """Parameters of the dense model that a model of N active ones with E routed experts is worth.
+def effective_params(params: float, num_experts: int) -> float:
+    """The effective parameter count: of the dense model as good as one of N active and E routed experts.
 
     Solves `L(N', 1) = L(N, E)` for `log L = a log N + b log E^ + c log N log E^ + d` (Clark et al. 2022,
     equation 1), where E^ is E cut off smoothly at both ends.

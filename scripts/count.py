@@ -8,18 +8,20 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moe.accounting import PARTS, Ledger, count
 from moe.config import Config, ConfigError, CostConfig
-from moe.config_io import OneLineParser, load_config, positive, positive_int
+from moe.config_io import OneLineParser, fraction, load_config, parse_config, positive, positive_int
 from moe.cost import GPU, GPUS, known_gpu, projected_cost
 from moe.data.tokenizer import with_vocabulary
-from moe.memory import placements
-from moe.tables import align, plain, short
+from moe.memory import USABLE, Placement, placements
+from moe.tables import align, gib, plain, short
 
 SHOWN = 8  # placements, best first
 
@@ -46,27 +48,31 @@ def main(arguments: list[str]) -> int:
     )
     names = ", ".join(gpu.name for gpu in GPUS)
     parser.add_argument("--gpu", type=known_gpu, help=f"memory and cost on one of {names}")
-    parser.add_argument("--gpus", type=positive_int, default=8, help="how many of them (default 8)")
+    parser.add_argument("--gpus", type=positive_int, help="how many of them (default 8)")
     parser.add_argument("--tokens", type=positive, help="of the training run (default: those of the config)")
-    parser.add_argument("--mfu", type=positive, default=0.4, help="utilisation to assume (default 0.4)")
+    parser.add_argument("--mfu", type=fraction, help="utilisation to assume (default 0.4)")
     options = parser.parse_intermixed_args(arguments)
     try:
         overrides = [item for item in options.items if "=" in item and not Path(item).exists()]
+        paths = [Path(item) for item in options.items if item not in overrides]
+        rates = cost_rates(overrides, options.hf)
         if options.seq_len:
             overrides += [f"data.seq_len={options.seq_len}", f"model.max_seq_len={options.seq_len}"]
-        paths = [Path(item) for item in options.items if item not in overrides]
         if not paths and not options.hf:
             raise ConfigError("CONFIG", "give a YAML file such as configs/tiny.yaml, or --hf PATH")
+        if options.gpu is None and (unused := options.gpus or options.tokens or options.mfu):
+            raise ConfigError("--gpu", f"without it {unused} is of no use; name one of {names}")
         models: list[tuple[Ledger, Config | None]] = []
         for path in paths:
             config = with_vocabulary(load_config(path, overrides))
-            models.append((count(config), config))
+            named = "name" in config.run.model_fields_set
+            models.append((replace(count(config), name=config.run.name if named else path.stem), config))
         if options.hf:
             from moe.huggingface import count_huggingface  # needs torch and transformers
 
             models += [(count_huggingface(source, options.seq_len or 4096), None) for source in options.hf]
         records = [
-            ledger.record() | ({} if options.gpu is None else on_gpus(ledger, config, options))
+            ledger.record() | ({} if options.gpu is None else on_gpus(ledger, config, rates, options))
             for ledger, config in models
         ]
     except ConfigError as error:
@@ -77,20 +83,23 @@ def main(arguments: list[str]) -> int:
         return 0
     ledgers = [ledger for ledger, _ in models]
     print(align(list(overview(ledgers))))
-    print("GFLOP: per token, at each model's sequence length; embeddings: left out of the active parameters")
+    print("active in three conventions; GFLOP per token, at each model's sequence length")
     if len(ledgers) == 1:
         print("\n" + align(list(details(ledgers[0]))))
         for line in layer_lines(ledgers[0]):
             print(line)
     if options.gpu is not None:
         for record in records:
-            print(f"\n{record['name']} on {options.gpus} x {options.gpu.name}")
-            print(align(list(cost_rows(record, options.mfu))))
-            if record["placements"]:
-                print("what fits, best first; GiB that a GPU holds, and sends in a step")
-                print(align(list(placement_rows(record["placements"]))))
-                if len(record["placements"]) > SHOWN:
-                    print(f"and {len(record['placements']) - SHOWN} more: --json lists them all")
+            print(f"\n{record['name']} on {record['gpus']} x {options.gpu.name}")
+            print(align(list(cost_rows(record))))
+            if found := record["placements"]:
+                print(
+                    f"fits {gib(USABLE * options.gpu.memory)}, {USABLE:.0%} of a GPU, experts evenly used; "
+                    "best first; GiB that a GPU holds, and sends in a step"
+                )
+                print(align(list(placement_rows(found))))
+                if len(found) > SHOWN:
+                    print(f"and {len(found) - SHOWN} more: --json lists them all")
     return 0
 
 
@@ -132,31 +141,55 @@ def layer_lines(ledger: Ledger) -> Iterator[str]:
         first += number
 
 
-def on_gpus(ledger: Ledger, config: Config | None, options: argparse.Namespace) -> dict[str, Any]:
+def cost_rates(overrides: list[str], with_hf: bool) -> CostConfig:
+    """The rates among the overrides; others have nothing to change in a model of --hf."""
+    rates = [item.partition("=") for item in overrides if item.startswith("cost.")]
+    if with_hf and len(rates) < len(overrides):
+        raise ConfigError("--hf", "takes no overrides but cost.*; edit the model's config.json instead")
+    return parse_config(
+        {"cost": {key.removeprefix("cost."): yaml.safe_load(value) for key, _, value in rates}}
+    ).cost
+
+
+def on_gpus(
+    ledger: Ledger, config: Config | None, rates: CostConfig, options: argparse.Namespace
+) -> dict[str, Any]:
     """Cost of the training run, and where the configuration is ours, its topologies, best first."""
     gpu: GPU = options.gpu
-    tokens, rates, found = options.tokens, CostConfig(), []
+    gpus, mfu, tokens, found = options.gpus or 8, options.mfu or 0.4, options.tokens, []
     if config is not None:
-        rates, found = config.cost, placements(config, options.gpus, gpu.memory)
-        tokens = tokens or config.train.steps * config.train.global_batch_size * config.data.seq_len
+        rates = config.cost
+        found = placements(config, gpus, gpu.memory)
+        if {"steps", "global_batch_size"} <= config.train.model_fields_set:
+            tokens = tokens or config.train.steps * config.train.global_batch_size * config.data.seq_len
     if tokens is None:
-        raise ConfigError("--tokens", f"{ledger.name} says nothing of its training; give their number")
-    cost = projected_cost(tokens * ledger.flops_per_token_train, options.mfu, options.gpus, gpu, rates)
+        raise ConfigError(
+            "--tokens", f"{ledger.name} does not say how many it is trained on; give their number"
+        )
     return {
         "gpu": gpu.name,
-        "gpus": options.gpus,
+        "gpus": gpus,
+        "mfu": mfu,
         "tokens": tokens,
-        "cost": asdict(cost),
-        "placements": [place.record() for place in found],
+        "cost": asdict(projected_cost(tokens * ledger.flops_per_token_train, mfu, gpu, rates)),
+        "recompute_factor": ledger.flops_per_token_recompute / ledger.flops_per_token_train,
+        "placements": [place.record() | {"yours": _is_own(place, config)} for place in found],
     }
 
 
-def cost_rows(record: dict[str, Any], mfu: float) -> Iterator[list[str]]:
+def _is_own(place: Placement, config: Config | None) -> bool:
+    assert config is not None
+    own = (config.parallel.ep_size, config.parallel.zero_stage, config.train.activation_checkpointing)
+    return own == (place.ep_size, place.zero_stage, place.activation_checkpointing)
+
+
+def cost_rows(record: dict[str, Any]) -> Iterator[list[str]]:
     """Time, money and energy."""
     cost = record["cost"]
     yield ["training tokens", short(record["tokens"])]
     yield ["FLOPs of the model", f"{cost['flops']:.3g}"]
-    yield [f"GPU-hours at {mfu:.0%} utilisation", plain(cost["device_hours"])]
+    yield [f"GPU-hours at {record['mfu']:.0%} utilisation", plain(cost["device_hours"])]
+    yield ["  with recomputation", plain(cost["device_hours"] * record["recompute_factor"])]
     yield ["days", plain(cost["device_hours"] / record["gpus"] / 24)]
     yield ["hardware burden, FLOPs", f"{cost['hardware_burden_flops']:.3g}"]
     yield ["price", "unknown: set cost.usd_per_hour" if cost["usd"] is None else "$" + plain(cost["usd"])]
@@ -165,14 +198,19 @@ def cost_rows(record: dict[str, Any], mfu: float) -> Iterator[list[str]]:
 
 
 def placement_rows(found: list[dict[str, Any]]) -> Iterator[list[str]]:
-    """The best ways to place the run, and what a GPU holds and sends in a step, in GiB."""
+    """The configuration's own placement and the best ones; what a GPU holds and sends in a step, in GiB."""
     parts = [part for part in found[0]["memory"] if part != "peak"]
-    yield ["fits", "ep_size", "zero_stage", "recompute", "peak", *parts, "sent"]
-    for place in found[:SHOWN]:
-        flags = ("yes" if place["fits"] else "no", place["ep_size"], place["zero_stage"])
-        sizes = [place["memory"][part] for part in ("peak", *parts)] + [place["wire"]["total"]]
+    yield ["", "fits", "ep_size", "ZeRO", "recompute", "peak", *parts, "sent"]
+    own = [place for place in found if place["yours"]]
+    for place in [*own, *(place for place in found[:SHOWN] if not place["yours"])]:
+        fits = "yes" if place["fits"] else "no"
         recompute = "yes" if place["activation_checkpointing"] else "no"
-        yield [*map(str, flags), recompute, *(f"{size / 2**30:,.2f}" for size in sizes)]
+        sizes = [place["memory"][part] for part in ("peak", *parts)] + [place["wire"]["total"]]
+        yield [
+            "config" if place["yours"] else "",
+            *(fits, str(place["ep_size"]), str(place["zero_stage"]), recompute),
+            *(f"{size / 2**30:,.2f}" for size in sizes),
+        ]
 
 
 if __name__ == "__main__":

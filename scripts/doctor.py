@@ -435,7 +435,8 @@ def check_experts(
 def check_memory(report: Report, config: Config, job: Job, peak: int) -> None:
     """What a rank took, against the estimate that a run prints at its start."""
     parallel = config.parallel.model_copy(update={"ep_size": job.ep_size, "zero_stage": job.zero_stage})
-    estimate = estimate_memory(config.model_copy(update={"parallel": parallel}), job.ranks).peak
+    variant, device = config.model_copy(update={"parallel": parallel}), choose_device(config.parallel)
+    estimate = estimate_memory(variant, job.ranks, device.type).peak
     report.add(
         f"ranks {job.ranks}: memory fits the estimate (plus {MEMORY_SLACK / 2**20:.0f} MiB for libraries)",
         f"{peak / 2**20:.0f} MiB, estimate {estimate / 2**20:.0f} MiB",

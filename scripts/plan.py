@@ -15,16 +15,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moe.accounting import count
 from moe.config import Config, ConfigError, CostConfig
-from moe.config_io import OneLineParser, parse_config, positive, positive_int
+from moe.config_io import OneLineParser, fraction, parse_config, positive, positive_int
 from moe.cost import GPU, GPUS, HOUR, known_gpu, projected_cost
-from moe.memory import placements
+from moe.memory import USABLE, placements
 from moe.scaling import (
     CHINCHILLA_PARAMS,
     CHINCHILLA_TOKENS,
+    CLARK_EXPERTS,
     CLARK_PARAMS,
     chinchilla_loss,
     compute_optimal,
-    equivalent_dense,
+    effective_params,
 )
 from moe.tables import align, gib, short
 
@@ -33,6 +34,7 @@ from moe.tables import align, gib, short
 SPARSE_SPEED = 0.63
 TOP_K = 2
 BATCH_TOKENS = 2**20
+WIDEST = 8192
 
 
 def main(arguments: list[str]) -> int:
@@ -48,10 +50,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--gpu", type=known_gpu, required=True, help=f"one of {names}")
     parser.add_argument("--gpus", type=positive_int, required=True, help="how many")
     parser.add_argument("--experts", default="8,16,32,64,128", help="default 8,16,32,64,128")
-    parser.add_argument("--mfu", type=positive, default=0.4, help="utilisation, dense (default 0.4)")
+    parser.add_argument("--mfu", type=fraction, default=0.4, help="utilisation, dense (default 0.4)")
     parser.add_argument(
         "--sparse-speed",
-        type=positive,
+        type=fraction,
         default=SPARSE_SPEED,
         help=f"tokens/s of a sparse model over a dense one's at equal active FLOPs (default {SPARSE_SPEED})",
     )
@@ -70,6 +72,11 @@ def main(arguments: list[str]) -> int:
                 "--budget-flops" if options.budget_flops else "--budget-usd",
                 f"is too small to plan: {flops:.2g} FLOPs ask for {short(dense_size)} parameters; the laws "
                 f"were fitted from {short(CHINCHILLA_PARAMS[0])} on; raise it, or measure with train.py",
+            )
+        if dense_size > 2 * count(_shape(WIDEST, 1, options)).active_no_input_emb:
+            raise ConfigError(
+                "--budget-flops" if options.budget_flops else "--budget-usd",
+                f"asks for a model of {short(dense_size)} parameters, beyond any law; lower it",
             )
         rows = [plan(flops, dense_size, experts, rates, options) for experts in (1, *counts)]
     except ConfigError as error:
@@ -107,19 +114,20 @@ def flops_for(usd: float, mfu: float, gpu: GPU, rates: CostConfig) -> float:
 def plan(
     flops: float, size: float, experts: int, rates: CostConfig, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """One row: the shape nearest to `size` active parameters, its tokens, its worth, its cost, its place.
+    """One row: the shape nearest to `size` active parameters, its tokens, its loss, its cost, its place.
 
     With money as the budget, a slower model gets fewer FLOPs.
     """
     gpu: GPU = options.gpu
+    config = shape(size, experts, options)
+    ledger, place = count(config), placements(config, options.gpus, gpu.memory)[0]
     mfu = options.mfu * (1 if experts == 1 else options.sparse_speed)
+    if place.activation_checkpointing:
+        mfu *= ledger.flops_per_token_train / ledger.flops_per_token_recompute
     if options.budget_usd is not None:
         flops = flops_for(options.budget_usd, mfu, gpu, rates)
-    config = shape(size, experts, options)
-    ledger = count(config)
     tokens = flops / ledger.flops_per_token_train
-    worth = equivalent_dense(ledger.active_no_input_emb, experts)
-    place = placements(config, options.gpus, gpu.memory)[0]
+    effective = effective_params(ledger.active_no_input_emb, experts)
     return {
         "experts": experts,
         "model": config.model_dump(mode="json")["model"],
@@ -127,11 +135,25 @@ def plan(
         "total": ledger.total,
         "active_no_input_emb": ledger.active_no_input_emb,
         "tokens": tokens,
-        "equivalent_dense": worth,
-        "loss": chinchilla_loss(worth, tokens),
-        "cost": asdict(projected_cost(flops, mfu, options.gpus, gpu, rates)),
+        "effective_params": effective,
+        "loss": chinchilla_loss(effective, tokens),
+        "outside_range": list(outside(ledger.active_no_input_emb, experts, effective, tokens)),
+        "mfu": mfu,
+        "cost": asdict(projected_cost(flops, mfu, gpu, rates)),
         "placement": place.record(),
     }
+
+
+def outside(active: float, experts: int, effective: float, tokens: float) -> Iterator[str]:
+    """What a row leaves of the ranges in which the laws were fitted."""
+    if not CHINCHILLA_TOKENS[0] <= tokens <= CHINCHILLA_TOKENS[1]:
+        yield f"{short(tokens)} tokens"
+    if effective > CHINCHILLA_PARAMS[1]:
+        yield f"{short(effective)} effective parameters"
+    if experts > 1 and active > CLARK_PARAMS[1]:
+        yield f"{short(active)} active parameters"
+    if experts > CLARK_EXPERTS:
+        yield f"{experts} experts"
 
 
 def shape(size: float, experts: int, options: argparse.Namespace) -> Config:
@@ -139,7 +161,7 @@ def shape(size: float, experts: int, options: argparse.Namespace) -> Config:
 
     Sparse ones have experts of half that width, two per token: equal active FLOPs but for the router.
     """
-    candidates = [_shape(width, experts, options) for width in range(256, 16385, 128)]
+    candidates = [_shape(width, experts, options) for width in range(256, WIDEST + 1, 128)]
     return min(candidates, key=lambda config: abs(count(config).active_no_input_emb - size))
 
 
@@ -170,29 +192,18 @@ def _shape(width: int, experts: int, options: argparse.Namespace) -> Config:
 
 def table(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
     """A row per model."""
-    yield ["", "", "", "", "worth a", "predicted", "", "", "", "", "peak of", "", "", ""]
-    head = [
-        "experts",
-        "total",
-        "active",
-        "tokens",
-        "dense one of",
-        "loss",
-        "GPU-hours",
-        "USD",
-        "MWh",
-        "tCO2e",
-    ]
+    yield ["", "", "", "", "effective", "predicted", "", "", "", "", "peak of", "", "", "", ""]
+    head = ["experts", "total", "active", "tokens", "parameters", "loss", "GPU-hours", "USD", "MWh", "tCO2e"]
     yield [*head, "a GPU", "fits", "ep_size", "ZeRO", "recompute"]
     for row in rows:
         cost, place = row["cost"], row["placement"]
-        far = "*" if row["equivalent_dense"] > CHINCHILLA_PARAMS[1] else ""
+        far = "*" if row["outside_range"] else ""
         yield [
             "dense" if row["experts"] == 1 else str(row["experts"]),
             short(row["total"]),
             short(row["active_no_input_emb"]),
             short(row["tokens"]),
-            short(row["equivalent_dense"]) + far,
+            short(row["effective_params"]),
             f"{row['loss']:.3f}" + far,
             f"{cost['device_hours']:,.0f}",
             "?" if cost["usd"] is None else f"{cost['usd']:,.0f}",
@@ -216,20 +227,21 @@ def notes(rows: list[dict[str, Any]], options: argparse.Namespace) -> Iterator[s
     )
     low, high = (short(end) for end in CLARK_PARAMS)
     yield (
-        f"Worth: Clark et al. 2022, S-BASE, from models of {low} to {high} active parameters, top-1; "
-        "that it holds for compute-optimal tokens and top-2 is assumed."
+        f"Effective parameters: Clark et al. 2022, S-BASE, from {low} to {high} active parameters, top-1 "
+        f"of at most {CLARK_EXPERTS} experts; for top-2 of half the width, and these tokens, it is assumed."
     )
     yield (
         f"Tokens: the budget over FLOPs per token, attention included. Time: {options.mfu:.0%} utilisation, "
         f"for sparse models {options.sparse_speed} of that. Energy: data-sheet power, PUE 1.1, 0.429 kg/kWh."
     )
-    dense = rows[0]
-    if not CHINCHILLA_TOKENS[0] <= dense["tokens"] <= CHINCHILLA_TOKENS[1]:
-        yield f"Outside that range: {short(dense['tokens'])} tokens."
-    if dense["active_no_input_emb"] > CLARK_PARAMS[1]:
-        yield f"Outside that range: worth at {short(dense['active_no_input_emb'])} active parameters."
-    if any(row["equivalent_dense"] > CHINCHILLA_PARAMS[1] for row in rows):
-        yield f"* Outside that range: beyond {short(CHINCHILLA_PARAMS[1])} parameters."
+    yield (
+        f"Fits: {gib(USABLE * options.gpu.memory)}, {USABLE:.0%} of a GPU, experts evenly used; recomputing "
+        "takes a third more time."
+    )
+    for row in rows:
+        if row["outside_range"]:
+            name = "dense" if row["experts"] == 1 else f"{row['experts']} experts"
+            yield f"* {name}: outside the range of the laws with {', '.join(row['outside_range'])}"
 
 
 if __name__ == "__main__":

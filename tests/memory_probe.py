@@ -58,7 +58,9 @@ def main(calls):
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
         train(config, world)
-        measured.append((resident("VmHWM") - before, estimate_memory(config, world.size).peak))
+        measured.append(
+            (resident("VmHWM") - before, estimate_memory(config, world.size, world.device.type).peak)
+        )
     if world.rank == 0:
         print(json.dumps(measured[1:]))
 

@@ -19,7 +19,7 @@ PATTERSON = {
 def test_energy_and_emissions_of_pattersons_five_models_within_1_percent(name):
     processors, days, watts, pue, kg_per_kwh, mwh, tonnes = PATTERSON[name]
     rates = CostConfig(watts=watts, pue=pue, kg_co2e_per_kwh=kg_per_kwh)
-    cost = training_cost(1e20, days * DAY, processors, None, rates)
+    cost = training_cost(1e20, days * DAY * processors, None, rates)
     assert cost.kwh == pytest.approx(1000 * mwh, rel=0.01)
     assert cost.tco2e == pytest.approx(
         tonnes, rel=0.02 if name == "GShard-600B" else 0.01
@@ -28,14 +28,14 @@ def test_energy_and_emissions_of_pattersons_five_models_within_1_percent(name):
 
 def test_gpt_3_takes_355_v100_years_and_4_6_million_dollars():
     v100 = known_gpu("v100")
-    cost = projected_cost(3.14e23, 28e12 / v100.peak_flops, 1, v100, CostConfig())
+    cost = projected_cost(3.14e23, 28e12 / v100.peak_flops, v100, CostConfig())
     assert cost.device_hours / (365.25 * 24) == pytest.approx(355, rel=0.005)
     assert cost.usd == pytest.approx(4.6e6, rel=0.02)
 
 
 def test_hardware_burden_is_what_the_processors_could_have_done():
     gpu = GPU("toy", peak_flops=10.0, memory=1, bandwidth=1.0, watts=100.0, usd_per_hour=2.0)
-    cost = training_cost(flops=18_000.0, seconds=1800.0, devices=4, gpu=gpu, rates=CostConfig(pue=1.5))
+    cost = training_cost(flops=18_000.0, device_s=4 * 1800.0, gpu=gpu, rates=CostConfig(pue=1.5))
     assert cost.hardware_burden_flops == 4 * 10 * 1800
     assert cost.utilisation == 0.25
     assert (cost.device_hours, cost.usd) == (2.0, 4.0)
@@ -45,13 +45,13 @@ def test_hardware_burden_is_what_the_processors_could_have_done():
 
 def test_the_users_rates_go_before_the_data_sheets_and_a_free_gpu_costs_nothing():
     rates = CostConfig(peak_flops=1e12, watts=50.0, usd_per_hour=0.0)
-    cost = training_cost(1e12, 3600.0, 1, known_gpu("h100"), rates)
+    cost = training_cost(1e12, 3600.0, known_gpu("h100"), rates)
     assert (cost.hardware_burden_flops, cost.usd) == (3.6e15, 0.0)
     assert cost.kwh == pytest.approx(0.05 * 1.1)
 
 
 def test_what_is_not_known_is_none():
-    cost = training_cost(1e12, 3600.0, 2, None, CostConfig())
+    cost = training_cost(1e12, 2 * 3600.0, None, CostConfig())
     assert cost.device_hours == 2.0
     assert cost.hardware_burden_flops is cost.utilisation is cost.usd is cost.kwh is cost.tco2e is None
 

@@ -60,7 +60,7 @@ def test_overrides_and_the_sequence_length_apply(capsys):
 
 def test_on_gpus_it_adds_cost_and_placements(capsys):
     config = ROOT / "configs" / "zoo" / "olmoe_1b_7b.yaml"
-    options = ["train.global_batch_size=64", "train.micro_batch_size=1", "--gpu", "h100", "--tokens", "5e12"]
+    options = ["--gpu", "h100", "--tokens", "5e12"]
     code, out, _ = run(capsys, config, *options)
     assert code == 0
     assert "on 8 x H100" in out
@@ -69,6 +69,14 @@ def test_on_gpus_it_adds_cost_and_placements(capsys):
     flops = 5e12 * record["flops_per_token_train"]
     assert record["cost"]["device_hours"] == pytest.approx(flops / (0.4 * 989e12) / 3600)
     assert record["placements"][0]["fits"]
+    assert [place["ep_size"] for place in record["placements"] if place["yours"]] == [1]
+
+
+def test_without_a_run_name_the_file_names_the_model(capsys, tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: {vocab_size: 300, d_model: 64}")
+    assert (
+        json.loads(run(capsys, tmp_path / "mine.yaml", "data.tokenizer=bytes", "--json")[1])["name"] == "mine"
+    )
 
 
 def test_a_table_of_the_zoo_takes_less_than_five_seconds_and_no_torch():
@@ -127,6 +135,18 @@ def test_a_model_of_a_trillion_parameters_takes_no_more_memory_than_a_tiny_one()
             ["configs/tiny.yaml", "--gpu", "h100", "--mfu", "nan"],
             "argument --mfu: should be a number above 0",
         ),
+        (
+            ["configs/tiny.yaml", "--gpu", "h100", "--mfu", "4"],
+            "argument --mfu: should be above 0 and at most",
+        ),
+        (["configs/tiny.yaml", "--tokens", "1e9"], "--gpu: without it 1000000000.0 is of no use"),
+        (["configs/zoo/mixtral_8x7b.yaml", "--gpu", "h100"], "--tokens: Mixtral-8x7B does not say"),
+        (["configs/tiny.yaml", "data.tokenizer=bpe:0"], "data.tokenizer: 'bpe:0' should be bpe:N"),
+        (
+            ["configs/tiny.yaml", "model.vocab_size=10"],
+            "model.vocab_size: 10 is less than the tokenizer's 1024",
+        ),
+        (["moe.top_k=4", "--hf", "somewhere"], "--hf: takes no overrides but cost.*"),
         (["configs/tiny.yaml", "--colour"], "unrecognized arguments: --colour"),
     ],
 )

@@ -24,6 +24,8 @@ SRUN = """#!{python}
 # As srun does: one task per node, the highest of their exit codes as its own, and SIGTERM kills them.
 import os, signal, subprocess, sys
 
+pytestmark = pytest.mark.xdist_group("launchers")  # its runs are made once
+
 while sys.argv[1].startswith("--"):
     del sys.argv[1]
 tasks = [

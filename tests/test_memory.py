@@ -7,17 +7,29 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe.config import ConfigError
 from moe.config_io import load_config, parse_config
 from moe.cost import known_gpu
+from moe.dispatch import LocalDispatcher
 from moe.memory import USABLE, estimate_memory, estimate_wire, placements, rows_per_token
+from moe.ops.grouped_mm import choose_expert_path
+from moe.transformer import Transformer, init_weights
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ["model.d_model=512", "model.n_heads=8", "moe.d_ff_expert=512", "train.global_batch_size=4"]
 ACTIVATIONS = ["model.d_model=256", "moe.d_ff_expert=512", "train.global_batch_size=32"]
 DENSE = ["moe.num_experts=1", "moe.top_k=1", "moe.d_ff_expert=1024"]
+WIDE_LOGITS = [  # recomputation, and logits as large as a block
+    "model.d_model=256", "moe.num_experts=4", "moe.top_k=4", "model.vocab_size=3072",
+    "train.micro_batch_size=16", "train.activation_checkpointing=true",
+]  # fmt: skip
+MANY_EXPERTS = [  # recomputation, and gradients larger than what is kept
+    "model.d_model=256", "moe.num_experts=16", "moe.d_ff_expert=256", "moe.top_k=8", "model.vocab_size=64",
+    "train.micro_batch_size=8", "train.global_batch_size=16", "train.activation_checkpointing=true",
+]  # fmt: skip
 MEASURED = {
     1: [
         [*WEIGHTS, "train.micro_batch_size=4"],
@@ -26,6 +38,9 @@ MEASURED = {
         [*ACTIVATIONS, "train.micro_batch_size=32", "train.activation_checkpointing=true"],
         [*ACTIVATIONS, "train.micro_batch_size=16", "model.qk_norm=true", "parallel.zero_stage=2"],
         [*ACTIVATIONS, "train.micro_batch_size=32", *DENSE],
+        [*ACTIVATIONS, "train.micro_batch_size=32", "moe.capacity_factor=0.5"],
+        [*WIDE_LOGITS, "train.global_batch_size=16"],
+        [*WIDE_LOGITS, "train.global_batch_size=32"],
     ],
     2: [
         [*WEIGHTS, "train.micro_batch_size=2"],
@@ -38,6 +53,7 @@ MEASURED = {
             "parallel.ep_size=2",
             "train.activation_checkpointing=true",
         ],
+        MANY_EXPERTS,
     ],
 }
 
@@ -160,11 +176,46 @@ def test_states_are_split_as_zero_splits_them():
     )
     routed = 4 * 8 * 3 * 128 * 512  # layers, experts, matrices, widths
     others = 100 * 128 + 4 * (4 * 128 * 128 + 2 * 128 + 8 * 128) + 128
-    memory = estimate_memory(config, 8)
+    memory = estimate_memory(config, 8, "cpu")
     assert memory.weights == 2 * (others + routed // 4)
     assert memory.optimizer == 12 * ((others + routed) // 8)
     assert memory.gradients == memory.update == 4 * ((others + routed) // 8)
     assert sum(memory.by_part().values()) > memory.peak > memory.weights + memory.optimizer
+
+
+SHAPES = [
+    ["moe.num_shared_experts=1", "model.n_kv_heads=2"],
+    ["moe.first_dense_layers=2", "model.qk_norm=true"],
+    ["moe.num_experts=1", "moe.top_k=1"],
+    ["moe.top_k=6", "model.tie_embeddings=true"],
+    ["model.d_ff=1024", "moe.every_n_layers=2", "model.head_dim=64"],
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=[shape[0] for shape in SHAPES])
+def test_activations_are_the_tensors_that_autograd_keeps(shape, precision):
+    config = load_config(
+        ROOT / "configs" / "tiny.yaml", ["model.vocab_size=512", *shape, f"parallel.precision={precision}"]
+    )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = Transformer(config, LocalDispatcher(), choose_expert_path(torch.device("cpu"), dtype))
+    init_weights(model, 0)
+    model = model.to(dtype)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(0, 512, (config.train.micro_batch_size, config.data.seq_len))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(tokens)
+    assert output.logits.requires_grad
+    assert estimate_memory(config, 1, "cpu").activations == pytest.approx(sum(kept.values()), rel=0.02)
 
 
 OLMOE = load_config(
@@ -176,7 +227,7 @@ def test_the_best_placement_fits_computes_nothing_twice_and_sends_least():
     gpu = known_gpu("h100")
     found = placements(OLMOE, 8, gpu.memory)
     assert len(found) == 4 * 2 * 2  # ep_size 1, 2, 4, 8; ZeRO 1 and 2; with and without recomputation
-    fitting = [place for place in found if place.memory.peak <= USABLE * 80e9]
+    fitting = [place for place in found if place.memory.peak <= USABLE * 80 * 2**30]
     assert found[: len(fitting)] == fitting
     best = found[0]
     assert not best.activation_checkpointing

@@ -15,6 +15,8 @@ from tests.ranks import run_ranks
 from tests.test_engine import batches, loss_of, make_config
 from tests.test_train import final_state
 
+pytestmark = pytest.mark.xdist_group("parity")  # its runs are made once
+
 STEPS = 50
 REFERENCE = (1, 1, 1, 4)  # ranks, ep_size, ZeRO stage, micro batch
 OTHERS = [(2, 1, 1, 4), (2, 2, 2, 1), (4, 1, 2, 4), (4, 2, 1, 1), (4, 4, 2, 4)]

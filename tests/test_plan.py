@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from moe.scaling import compute_optimal, equivalent_dense
+from moe.scaling import compute_optimal, effective_params
 from scripts.plan import main
 
 H100S = ["--gpu", "h100", "--gpus", "64"]
@@ -23,7 +23,7 @@ def test_a_budget_of_flops_is_spent_by_every_row_and_sizes_are_near_the_optimum(
         assert row["active_no_input_emb"] == pytest.approx(
             dense["active_no_input_emb"], rel=0.01
         )  # the router
-        assert row["equivalent_dense"] == equivalent_dense(row["active_no_input_emb"], row["experts"])
+        assert row["effective_params"] == effective_params(row["active_no_input_emb"], row["experts"])
     totals = [row["total"] for row in rows]
     assert totals == sorted(totals)
 
@@ -43,10 +43,13 @@ def test_the_table_states_the_range_of_the_laws_and_what_leaves_it(capsys):
     code, out, _ = run(capsys, "--budget-flops", "1e22", *H100S)
     assert code == 0
     assert "70M to 16B parameters" in out
-    assert "15M to 1.3B active parameters" in out
-    assert "Outside that range: worth at" in out
-    small = run(capsys, "--budget-flops", "2e20", *H100S, "--experts", "8")[1]
-    assert "Outside" not in small
+    assert "from 15M to 1.3B active parameters" in out
+    assert "* 8 experts: outside the range of the laws with" in out
+    assert "fits" in out.splitlines()[2]
+    assert "outside" not in run(capsys, "--budget-flops", "2e20", *H100S, "--experts", "8")[1]
+    few = json.loads(run(capsys, "--budget-usd", "30", *H100S, "--experts", "8,1024", "--json")[1])
+    assert any("tokens" in reason for reason in few[1]["outside_range"])
+    assert "1024 experts" in few[2]["outside_range"]
 
 
 @pytest.mark.parametrize(
@@ -56,6 +59,11 @@ def test_the_table_states_the_range_of_the_laws_and_what_leaves_it(capsys):
         (["--budget-usd", "1", *H100S], "--budget-usd: is too small to plan"),
         (["--budget-usd", "500", "--gpu", "l4", "--gpus", "8"], "--usd-per-hour: no price of the L4"),
         (["--budget-flops", "1e21", *H100S, "--experts", "8,two"], "--experts: should be numbers above 2"),
+        (["--budget-flops", "1e29", *H100S], "--budget-flops: asks for a model of 35.1T parameters"),
+        (
+            ["--budget-flops", "1e21", *H100S, "--mfu", "40"],
+            "argument --mfu: should be above 0 and at most 1",
+        ),
         (["--budget-flops", "-1", *H100S], "argument --budget-flops: should be a number above 0"),
         (["--budget-flops", "1e21", "--gpu", "cray", "--gpus", "8"], "argument --gpu: 'cray' is not known"),
         (H100S, "one of the arguments"),

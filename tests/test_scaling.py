@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from moe.scaling import chinchilla_loss, compute_optimal, equivalent_dense
+from moe.scaling import chinchilla_loss, compute_optimal, effective_params
 
 
 def test_chinchillas_own_point():
@@ -10,18 +10,18 @@ def test_chinchillas_own_point():
 
 
 def test_128_experts_make_5_million_parameters_worth_about_52_million():
-    assert equivalent_dense(5e6, 128) == pytest.approx(52e6, rel=0.01)  # the paper rounds to 55M
+    assert effective_params(5e6, 128) == pytest.approx(52e6, rel=0.01)  # the paper rounds to 55M
 
 
 def test_one_expert_is_worth_itself_and_more_are_worth_more():
     for size in (15e6, 1.3e9):
-        assert equivalent_dense(size, 1) == pytest.approx(size)
-        worth = [equivalent_dense(size, experts) for experts in (1, 2, 8, 64, 512)]
+        assert effective_params(size, 1) == pytest.approx(size)
+        worth = [effective_params(size, experts) for experts in (1, 2, 8, 64, 512)]
         assert worth == sorted(worth)
 
 
 def test_the_gain_of_routing_shrinks_with_size():
-    assert equivalent_dense(1e9, 64) / 1e9 < equivalent_dense(1e8, 64) / 1e8
+    assert effective_params(1e9, 64) / 1e9 < effective_params(1e8, 64) / 1e8
 
 
 @pytest.mark.parametrize("flops", [1e19, 5.76e23])

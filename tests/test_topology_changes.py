@@ -25,6 +25,8 @@ from tests.ranks import run_ranks
 from tests.test_checkpoint import whole_tensors
 from tests.test_engine import batches, loss_of, make_config
 
+pytestmark = pytest.mark.xdist_group("topology_changes")  # its runs are made once
+
 REL_LOSS, REL_NORM = 1e-5, 1e-4  # fp32 sums in another order, after three more steps
 EXPERTS = [f"blocks.{layer}.ffn.experts.{w}" for layer in (0, 1) for w in ("w_gate", "w_up", "w_down")]
 SHAPES = {"w_gate": (4, 32, 48), "w_up": (4, 32, 48), "w_down": (4, 48, 32)}

@@ -36,22 +36,33 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def with_vocabulary(config: Config) -> Config:
-    """The configuration with `model.vocab_size` filled in, from the tokenizer or its name."""
+    """The configuration with `model.vocab_size` filled in, from the tokenizer's name where that says it.
+
+    Raises:
+        ConfigError: no such tokenizer, or `model.vocab_size` is less than its vocabulary.
+    """
     spec = config.data.tokenizer
-    if config.model.vocab_size is not None:
+    if spec.startswith("bpe:"):
+        return config.resolve(_bpe_size(spec))
+    if config.model.vocab_size is not None and spec != "bytes":
         return config
-    if spec.startswith("bpe:") and spec.removeprefix("bpe:").isdecimal():
-        return config.resolve(int(spec.removeprefix("bpe:")))
-    return config.resolve(vocabulary_size(load_tokenizer(spec, ())))
+    try:
+        return config.resolve(vocabulary_size(load_tokenizer(spec, ())))
+    except ConfigError as error:
+        raise ConfigError("model.vocab_size", f"set it, because {error}") from None
+
+
+def _bpe_size(spec: str) -> int:
+    size = spec.removeprefix("bpe:")
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
+    if not (size.isascii() and size.isdecimal()) or not smallest <= int(size) <= 1_000_000:
+        raise ConfigError("data.tokenizer", f"{spec!r} should be bpe:N with N at least {smallest}")
+    return int(size)
 
 
 def _make_tokenizer(spec: str, training_texts: Iterable[str]) -> Tokenizer:
     if spec.startswith("bpe:"):
-        size = spec.removeprefix("bpe:")
-        smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
-        if not (size.isascii() and size.isdecimal()) or not smallest <= int(size) <= 1_000_000:
-            raise ConfigError("data.tokenizer", f"{spec!r} should be bpe:N with N at least {smallest}")
-        return _train_bpe(int(size), training_texts)
+        return _train_bpe(_bpe_size(spec), training_texts)
     if spec == "bytes":
         alphabet = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
         tokenizer = _byte_level(models.BPE(vocab=alphabet, merges=[]))
