@@ -25,7 +25,7 @@ ONE_EXPERT: Mapping[str, Any] = {"moe.num_experts": 1, "moe.top_k": 1, "moe.num_
 _MEASURES: Mapping[str, Callable[[Config], float]] = {
     "active_flops": lambda config: count(config).flops_per_token_forward,
     "total_params": lambda config: count(config).total,
-    "memory": lambda config: estimate_memory(config, 1).peak,
+    "memory": lambda config: estimate_memory(config, 1, "cpu").peak,
 }
 
 

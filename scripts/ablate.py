@@ -19,19 +19,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moe.ablation import Cell, plan
+from moe.accounting import Ledger, count
 from moe.config import Config, ConfigError
 from moe.config_io import OneLineParser, dump_config, load_config, positive_int
 from moe.data.tokenizer import with_vocabulary
+from moe.dispatch import LocalDispatcher
 from moe.memory import estimate_memory
+from moe.ops.grouped_mm import choose_expert_path
 from moe.run_folder import RunFolder
 from moe.sweep_page import write_report
-from moe.tables import align, gib
+from moe.tables import align, gib, plain
+from moe.transformer import Transformer, init_weights
 
 ROOT = Path(__file__).parent.parent
+UPDATE_SECONDS = 7e-9  # of ZeRO's update per parameter, measured on a 33.5M model
 QUICK = [
     "train.steps=400",
     "train.eval_interval=400",
@@ -94,7 +100,8 @@ def main(arguments: list[str]) -> int:
             for seed in numbers("--seeds", options.seeds)  # a whole curve first, then the next seed's
             for cell in cells
         ]
-        print(align(list(table(cells, config))))
+        print(align(list(table(cells, config, seconds_per_flop(config)))))
+        print("seconds: rough, one thread, without evaluation; for large models see scripts/count.py --gpu")
         if options.dry_run:
             return 0
         write_plan(options.out, cells, options)
@@ -123,11 +130,42 @@ def numbers(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def table(cells: list[Cell], config: Config) -> Iterator[list[str]]:
+def seconds_per_flop(config: Config) -> float | None:
+    """Time over FLOPs of a forward and backward pass of the reference; None where it is too large."""
+    if count(config).total > 50e6:
+        return None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    path = choose_expert_path(torch.device("cpu"), torch.float32)
+    model = Transformer(config, LocalDispatcher(), path)
+    init_weights(model, 0)
+    assert config.model.vocab_size is not None
+    tokens = torch.randint(0, config.model.vocab_size, (config.train.micro_batch_size, config.data.seq_len))
+    for _ in range(2):  # the first pass loads libraries
+        started = time.perf_counter()
+        model(tokens).logits.float().logsumexp(2).mean().backward()
+        elapsed = time.perf_counter() - started
+    torch.set_num_threads(threads)
+    return elapsed / (tokens.numel() * count(config).flops_per_token_train)
+
+
+def table(cells: list[Cell], config: Config, per_flop: float | None) -> Iterator[list[str]]:
     """The plan, a row per cell."""
     tokens = config.train.steps * config.train.global_batch_size * config.data.seq_len
-    yield ["", "", "", "expert", "parameters", "parameters", "FLOPs", "off", "memory", "FLOPs"]
-    yield ["cell", "experts", "top_k", "width", "total", "active", "per token", "by", "a rank", "of a run"]
+    yield ["", "", "", "expert", "parameters", "parameters", "FLOPs", "off", "memory", "FLOPs", "seconds"]
+    yield [
+        "cell",
+        "experts",
+        "top_k",
+        "width",
+        "total",
+        "active",
+        "a token",
+        "by",
+        "a rank",
+        "a run",
+        "a run",
+    ]
     for cell in cells:
         moe, ledger = cell.config.moe, cell.ledger
         yield [
@@ -139,9 +177,16 @@ def table(cells: list[Cell], config: Config) -> Iterator[list[str]]:
             f"{ledger.active_all:,}",
             f"{ledger.flops_per_token_train:,}",
             f"{cell.mismatch:+.2%}",
-            gib(estimate_memory(cell.config, 1).peak),
+            gib(estimate_memory(cell.config, 1, "cpu").peak),
             f"{tokens * ledger.flops_per_token_train:.2e}",
+            "" if per_flop is None else plain(_seconds(config, ledger, per_flop)),
         ]
+
+
+def _seconds(config: Config, ledger: Ledger, per_flop: float) -> float:
+    tokens = config.train.global_batch_size * config.data.seq_len
+    update = UPDATE_SECONDS * ledger.total
+    return config.train.steps * (tokens * ledger.flops_per_token_train * per_flop + update)
 
 
 def write_plan(out: Path, cells: list[Cell], options: argparse.Namespace) -> None:

@@ -66,7 +66,7 @@ def test_more_experts_per_token_are_narrower_and_the_gate_rule_stays():
 def test_total_parameters_and_memory_can_be_held_instead():
     for hold, measure in (
         ("total_params", lambda config: count(config).total),
-        ("memory", lambda config: estimate_memory(config, 1).peak),
+        ("memory", lambda config: estimate_memory(config, 1, "cpu").peak),
     ):
         for cell in plan(TINY, {"moe.num_experts": [4, 8, 16]}, hold):
             if not cell.is_dense:
