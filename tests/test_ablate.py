@@ -1,0 +1,156 @@
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from scripts.ablate import main
+from scripts.report import main as report
+from tests.conftest import read_lines
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("ablate")  # one sweep is made once
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, small) -> list[str]:
+    """A reference, and overrides that make a run take seconds."""
+    shrunk = [item for item in small if not item.startswith(("moe.num_shared_experts", "moe.num_experts"))]
+    return [
+        str(ROOT / "configs" / "tiny.yaml"),
+        *shrunk,
+        "moe.num_experts=8",
+        "moe.d_ff_expert=64",
+        "train.steps=12",
+    ]
+
+
+@pytest.fixture(scope="module")
+def sweep(config, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sweep") / "experts"
+    assert main([*config, "--vary", "moe.num_experts=1,4,8", "--seeds", "0,1", "--out", str(out)]) == 0
+    return out
+
+
+def test_every_cell_and_seed_is_an_ordinary_finished_run(sweep):
+    lines = [json.loads(line) for line in (sweep / "results.jsonl").read_text().splitlines()]
+    cells = {"num_experts=1", "num_experts=4", "num_experts=8", "dense,equal_total"}
+    assert {(line["cell"], line["seed"]) for line in lines} == {
+        (cell, seed) for cell in cells for seed in (0, 1)
+    }
+    assert all(line["finished"] for line in lines)
+    for line in lines:
+        run = sweep / "runs" / line["cell"] / f"seed-{line['seed']}"
+        assert {"config.yaml", "metrics.jsonl", "summary.json", "loss.png"} <= {
+            path.name for path in run.iterdir()
+        }
+        assert line["final_eval_loss"] == json.loads((run / "summary.json").read_text())["final_eval_loss"]
+
+
+def test_one_expert_is_bit_for_bit_the_dense_model_trained_alone(sweep, config, tmp_path):
+    alone = tmp_path / "alone"
+    width = json.loads((sweep / "plan.json").read_text())["cells"][0]["config"]["moe"]["d_ff_expert"]
+    dense = [str(ROOT / "configs" / "tiny_dense.yaml"), *config[1:], "moe.num_experts=1", "moe.top_k=1"]
+    assert train.main([*dense, f"moe.d_ff_expert={width}", f"run.dir={alone}", "run.seed=1"]) == 0
+    assert read_lines(alone) == read_lines(sweep / "runs" / "num_experts=1" / "seed-1")
+
+
+def test_the_same_command_again_trains_nothing_and_another_plan_is_refused(sweep, config, capsys):
+    stamps = {path: path.stat().st_mtime_ns for path in (sweep / "runs").rglob("summary.json")}
+    arguments = ["--seeds", "0,1", "--out", str(sweep)]
+    assert main([*config, "--vary", "moe.num_experts=1,4,8", *arguments]) == 0
+    assert "8 of 8 runs are finished" in capsys.readouterr().out
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    assert main([*config, "--vary", "moe.num_experts=1,8", *arguments]) == 2
+    assert "holds another sweep" in capsys.readouterr().err
+
+
+def test_the_report_is_one_file_without_requests_and_its_table_holds_every_cell(sweep):
+    page = (sweep / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "http" not in re.sub(r"data:image/png;base64,[\w+/=]+", "", page)
+    assert page.count("<figure>") == 7
+    with (sweep / "results.csv").open() as file:
+        rows = {row["cell"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 4
+    assert rows["num_experts 8"]["difference"]
+    assert float(rows["num_experts 8"]["difference_low"]) < float(rows["num_experts 8"]["difference_high"])
+
+
+def test_the_report_is_rebuilt_from_any_folder_of_runs(sweep, tmp_path, capsys):
+    before = (sweep / "results.csv").read_bytes()
+    (sweep / "results.csv").unlink()
+    assert report([str(sweep)]) == 0
+    assert (sweep / "results.csv").read_bytes() == before
+    assert report([str(tmp_path)]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_reported_and_the_others_go_on(config, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    blocked = out / "runs" / "num_experts=4" / "seed-0"
+    blocked.mkdir(parents=True)
+    (blocked / "config.yaml").mkdir()  # no run can write there
+    code = main([*config, "--vary", "moe.num_experts=4,8", "--seeds", "0", "--out", str(out)])
+    assert code == 1
+    assert "num_experts=4-0: FAILED with exit code" in capsys.readouterr().out
+    finished = {
+        json.loads(line)["cell"]: json.loads(line)["finished"] for line in (out / "results.jsonl").open()
+    }
+    assert finished.pop("num_experts=4") is False
+    assert all(finished.values())
+
+
+def test_a_sweep_that_is_killed_and_started_again_gives_the_same_results(sweep, config, tmp_path):
+    out = tmp_path / "killed"
+    call = [sys.executable, str(ROOT / "scripts" / "ablate.py"), *config, "--vary", "moe.num_experts=1,4,8"]
+    call += ["--seeds", "0,1", "--out", str(out)]
+    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, start_new_session=True, cwd=ROOT)
+    while not list(out.glob("runs/*/*/checkpoints/step-*")):  # somewhere in the middle of the first runs
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert subprocess.run(call, stdout=subprocess.DEVNULL, cwd=ROOT, timeout=300).returncode == 0
+    for run in sorted((sweep / "runs").glob("*/*")):
+        assert read_lines(run) == read_lines(out / "runs" / run.relative_to(sweep / "runs"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--vary", "moe.num_experts"], "--vary: 'moe.num_experts' is not key=value,value"),
+        (["--vary", "moe.num_experts=8", "--seeds", "0,0"], "--seeds: should be different whole numbers"),
+        (
+            ["--vary", "moe.num_experts=8", "moe.num_experts=1", "moe.top_k=1"],
+            "moe.num_experts: the reference",
+        ),
+        (["--vary", "moe.colour=8"], "--vary: moe.colour is no key"),
+        (["--vary", "moe.num_experts=8", "--jobs", "0"], "argument --jobs: should be a whole number above 0"),
+    ],
+)
+def test_bad_input_gets_one_line_exit_2_and_writes_nothing(config, tmp_path, capsys, arguments, complaint):
+    out = tmp_path / "sweep"
+    try:
+        code = main([*config, *arguments, "--out", str(out)])
+    except SystemExit as end:
+        code = end.code
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.err.startswith(f"error: {complaint}")
+    assert len(printed.err.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_dry_run_prints_the_plan_and_trains_nothing(config, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    assert main([*config, "--vary", "granularity=1,2", "--out", str(out), "--dry-run"]) == 0
+    assert "granularity=2" in capsys.readouterr().out
+    assert not out.exists()
