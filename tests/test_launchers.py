@@ -93,7 +93,10 @@ def test_a_slurm_job_that_is_told_to_end_saves_and_continues_when_resubmitted(ar
     first = start(command, environment)
     with stopped_at_the_end(first):
         assert first.stdout is not None
-        assert any(line.startswith("step 2/") for line in first.stdout)
+        lines = []
+        while not lines or not lines[-1].startswith("step 2/"):
+            lines.append(first.stdout.readline())
+            assert lines[-1], "".join(lines)  # it ended
         [srun] = psutil.Process(first.pid).children()
         # Whom Slurm signals when it ends a job: the tasks, not their children, and the shell, not srun.
         for process in (*srun.children(), first):
