@@ -15,6 +15,7 @@ import pytest
 
 from tests.test_train import assert_same_run
 
+pytestmark = pytest.mark.xdist_group("launchers")  # its runs are made once
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 DEEPSPEED = [sys.executable, str(Path(sys.executable).with_name("deepspeed"))]
@@ -23,8 +24,6 @@ STEPS = 40  # enough of them that a signal sent at the second arrives before the
 SRUN = """#!{python}
 # As srun does: one task per node, the highest of their exit codes as its own, and SIGTERM kills them.
 import os, signal, subprocess, sys
-
-pytestmark = pytest.mark.xdist_group("launchers")  # its runs are made once
 
 while sys.argv[1].startswith("--"):
     del sys.argv[1]
