@@ -309,10 +309,13 @@ class Config(_Section):
         """
         micro, total = self.train.micro_batch_size, self.train.global_batch_size
         if total % (micro * world_size):
+            fitting = next((m for m in range(micro, 0, -1) if total % (m * world_size) == 0), None)
+            other_total = micro * world_size * max(1, round(total / (micro * world_size)))
+            fix = f"train.micro_batch_size={fitting}" if fitting else str(other_total)
             raise ConfigError(
                 "train.global_batch_size",
                 f"{total} is not a multiple of train.micro_batch_size ({micro}) x {world_size} ranks; "
-                f"use {micro * world_size * max(1, round(total / (micro * world_size)))}",
+                f"use {fix}",
             )
         return total // (micro * world_size)
 

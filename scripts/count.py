@@ -60,8 +60,8 @@ def main(arguments: list[str]) -> int:
             overrides += [f"data.seq_len={options.seq_len}", f"model.max_seq_len={options.seq_len}"]
         if not paths and not options.hf:
             raise ConfigError("CONFIG", "give a YAML file such as configs/tiny.yaml, or --hf PATH")
-        if options.gpu is None and (unused := options.gpus or options.tokens or options.mfu):
-            raise ConfigError("--gpu", f"without it {unused} is of no use; name one of {names}")
+        if options.gpu is None and (options.gpus or options.tokens or options.mfu):
+            raise ConfigError("--gpu", f"--gpus, --tokens and --mfu need it; name one of {names}")
         models: list[tuple[Ledger, Config | None]] = []
         for path in paths:
             config = with_vocabulary(load_config(path, overrides))

@@ -66,16 +66,17 @@ def main(arguments: list[str]) -> int:
         rates = CostConfig(usd_per_hour=options.usd_per_hour)
         counts = expert_counts(options.experts)
         flops = options.budget_flops or flops_for(options.budget_usd, options.mfu, options.gpu, rates)
-        dense_size, _ = compute_optimal(flops)
+        option = "--budget-flops" if options.budget_flops else "--budget-usd"
+        dense_size, dense_tokens = compute_optimal(flops)
         if dense_size < CHINCHILLA_PARAMS[0]:
             raise ConfigError(
-                "--budget-flops" if options.budget_flops else "--budget-usd",
+                option,
                 f"is too small to plan: {flops:.2g} FLOPs ask for {short(dense_size)} parameters; the laws "
                 f"were fitted from {short(CHINCHILLA_PARAMS[0])} on; raise it, or measure with train.py",
             )
         if dense_size > 2 * count(_shape(WIDEST, 1, options)).active_no_input_emb:
             raise ConfigError(
-                "--budget-flops" if options.budget_flops else "--budget-usd",
+                option,
                 f"asks for a model of {short(dense_size)} parameters, beyond any law; lower it",
             )
         rows = [plan(flops, dense_size, experts, rates, options) for experts in (1, *counts)]
@@ -85,10 +86,9 @@ def main(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(rows, indent=1))
         return 0
-    optimal = compute_optimal(flops)
     print(
-        f"{flops:.3g} FLOPs: a dense model does best with {short(optimal[0])} parameters "
-        f"and {short(optimal[1])} tokens"
+        f"{flops:.3g} FLOPs: a dense model does best with {short(dense_size)} parameters "
+        f"and {short(dense_tokens)} tokens"
     )
     print(align(list(table(rows))))
     print("\n".join(notes(rows, options)))

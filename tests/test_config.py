@@ -84,6 +84,10 @@ def test_accumulation_follows_from_the_batch_sizes():
         ConfigError, match=r"train.global_batch_size: 24 is not a multiple of .*5 ranks; use 20"
     ):
         config.accumulation_steps(5)
+    with pytest.raises(
+        ConfigError, match=r"24 is not a multiple of .*\(4\) x 8 ranks; use train.micro_batch_size=3"
+    ):
+        config.accumulation_steps(8)  # changing the global batch would change the experiment
 
 
 def test_configuration_is_frozen():

@@ -139,7 +139,10 @@ def test_a_model_of_a_trillion_parameters_takes_no_more_memory_than_a_tiny_one()
             ["configs/tiny.yaml", "--gpu", "h100", "--mfu", "4"],
             "argument --mfu: should be above 0 and at most",
         ),
-        (["configs/tiny.yaml", "--tokens", "1e9"], "--gpu: without it 1000000000.0 is of no use"),
+        (
+            ["configs/tiny.yaml", "--tokens", "1e9"],
+            "--gpu: --gpus, --tokens and --mfu need it; name one of V100",
+        ),
         (["configs/zoo/mixtral_8x7b.yaml", "--gpu", "h100"], "--tokens: Mixtral-8x7B does not say"),
         (["configs/tiny.yaml", "data.tokenizer=bpe:0"], "data.tokenizer: 'bpe:0' should be bpe:N"),
         (

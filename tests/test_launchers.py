@@ -15,6 +15,7 @@ import pytest
 
 from tests.test_train import assert_same_run
 
+pytestmark = pytest.mark.xdist_group("launchers")  # its runs are made once
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 DEEPSPEED = [sys.executable, str(Path(sys.executable).with_name("deepspeed"))]
@@ -23,8 +24,6 @@ STEPS = 40  # enough of them that a signal sent at the second arrives before the
 SRUN = """#!{python}
 # As srun does: one task per node, the highest of their exit codes as its own, and SIGTERM kills them.
 import os, signal, subprocess, sys
-
-pytestmark = pytest.mark.xdist_group("launchers")  # its runs are made once
 
 while sys.argv[1].startswith("--"):
     del sys.argv[1]
@@ -93,7 +92,10 @@ def test_a_slurm_job_that_is_told_to_end_saves_and_continues_when_resubmitted(ar
     first = start(command, environment)
     with stopped_at_the_end(first):
         assert first.stdout is not None
-        assert any(line.startswith("step 2/") for line in first.stdout)
+        lines = []
+        while not lines or not lines[-1].startswith("step 2/"):
+            lines.append(first.stdout.readline())
+            assert lines[-1], "".join(lines)  # it ended
         [srun] = psutil.Process(first.pid).children()
         # Whom Slurm signals when it ends a job: the tasks, not their children, and the shell, not srun.
         for process in (*srun.children(), first):

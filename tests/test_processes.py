@@ -1,5 +1,6 @@
-"""One run in a process of its own: interrupted and killed."""
+"""One run in processes of its own: interrupted, killed, and continued by fewer."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import train
+from tests.ranks import run_ranks
 from tests.test_train import assert_same_run
 
 ROOT = Path(__file__).parent.parent
@@ -54,3 +56,19 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(small, tmp_path):
     assert subprocess.run(command, env=environment, capture_output=True, timeout=120).returncode == 0
     assert train.main([*overrides, f"run.dir={tmp_path / 'whole'}"]) == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def finish(arguments):
+    assert train.main(arguments) == 0
+
+
+def test_device_hours_are_those_of_the_ranks_that_each_part_had(small, tmp_path):
+    run = tmp_path / "run"
+    run_ranks(2, finish, [*small, f"run.dir={run}", "train.steps=8"])
+    saved = json.loads((run / "checkpoints" / "step-00000008" / "manifest.json").read_text())
+    first_part = saved["info"]["wall_s"]
+    finish([*small, f"run.dir={run}", "train.steps=12"])
+    summary = json.loads((run / "summary.json").read_text())
+    second_part = summary["wall_s"] - first_part
+    assert second_part > 0
+    assert 3600 * summary["cost"]["device_hours"] == pytest.approx(2 * first_part + second_part)

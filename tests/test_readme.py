@@ -114,7 +114,14 @@ def test_readme_commands_run(command, workplace, small, monkeypatch, capsys):
         launcher = [str(Path(sys.executable).with_name(words[0])), *words[1:at]]
         if words[0] == "torchrun":
             launcher.insert(1, "--standalone")  # a port of its own, as other tests may run
-        call = [*launcher, str(ROOT / "train.py"), *shrink, "train.steps=2", *words[at + 1 :]]
+        call = [
+            *launcher,
+            str(ROOT / "train.py"),
+            *shrink,
+            "train.steps=2",
+            "train.global_batch_size=8",
+            *words[at + 1 :],
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
