@@ -385,7 +385,7 @@ def memory_of(action):
 def return_freed_memory():
     """Tell glibc to return what is freed at once, so that the peak is of what is alive, not of what it keeps.
 
-    What it keeps of freed tensors depends on all that the process did before: 37 to 113 MiB were measured here.
+    What it keeps of freed tensors depends on all that the process did before: from 37 to 113 MiB here.
     """
     m_mmap_threshold = -3
     assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16) == 1
