@@ -1,20 +1,23 @@
-"""Train configurations that differ in named settings at equal active FLOPs, and report what they show.
+"""Train configurations that differ in settings of the experts at equal active FLOPs, and report them.
 
-python scripts/ablate.py configs/tiny.yaml --vary moe.num_experts=1,2,4,8,16,32 --out sweeps/experts
-python scripts/ablate.py configs/tiny.yaml --vary granularity=1,2,4 --out sweeps/granularity --dry-run
+python scripts/ablate.py configs/sweep.yaml --vary moe.num_experts=1,2,4,8,16,32 --out sweeps/experts
+python scripts/ablate.py configs/sweep.yaml --vary granularity=1,2,4 --out sweeps/granularity --dry-run
 """
 
 import argparse
+import fcntl
 import json
+import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,36 +26,55 @@ import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moe.ablation import Cell, plan
 from moe.accounting import Ledger, count
 from moe.config import Config, ConfigError
-from moe.config_io import OneLineParser, dump_config, load_config, positive_int
+from moe.config_io import OneLineParser, dump_config, load_config, parse_config, positive_int
 from moe.data.tokenizer import with_vocabulary
 from moe.dispatch import LocalDispatcher
 from moe.memory import estimate_memory
 from moe.ops.grouped_mm import choose_expert_path
 from moe.run_folder import RunFolder
-from moe.sweep_page import write_report
-from moe.tables import align, gib, plain
+from moe.sweep.page import write_report
+from moe.sweep.plan import Cell, plan
+from moe.tables import align, gib, plain, short
+from moe.telemetry import read_metrics
 from moe.transformer import Transformer, init_weights
 
 ROOT = Path(__file__).parent.parent
+QUICK = 8  # times fewer steps
 UPDATE_SECONDS = 7e-9  # of ZeRO's update per parameter, measured on a 33.5M model
-QUICK = [
-    "train.steps=400",
-    "train.eval_interval=400",
-    "train.checkpoint_interval=400",
-    "optim.warmup_steps=20",
-]
+PROGRESS_SECONDS = 60
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """One cell with one seed: an ordinary run of train.py."""
 
     cell: Cell
     seed: int
     folder: RunFolder
+
+    @property
+    def name(self) -> str:
+        """For people and for the log."""
+        return f"{self.cell.name},seed={self.seed}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Nothing is left to train."""
+        return self.folder.summary.exists()
+
+    @property
+    def step(self) -> int:
+        """The last that was logged."""
+        metrics = read_metrics(self.folder.metrics) if self.folder.metrics.exists() else []
+        return metrics[-1]["step"] if metrics else 0
+
+    def flops(self, step: int) -> float:
+        """Of so many steps."""
+        config = self.cell.config
+        tokens = config.train.global_batch_size * config.data.seq_len
+        return step * tokens * self.cell.ledger.flops_per_token_train
 
 
 def main(arguments: list[str]) -> int:
@@ -77,31 +99,27 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the sweep")
     parser.add_argument(
-        "--jobs", type=positive_int, default=os.cpu_count(), help="runs side by side, a thread each"
+        "--jobs",
+        type=positive_int,
+        help="runs side by side, a thread each (default: one per core; one on a GPU or with --launcher)",
     )
     parser.add_argument(
-        "--launcher", help="such as 'torchrun --nproc-per-node 8'; then one run after the other"
+        "--launcher", default="", help="such as 'torchrun --nproc-per-node 8'; runs go one after the other"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="400 steps a run: what that cannot resolve, it says"
-    )
+    parser.add_argument("--quick", action="store_true", help=f"1/{QUICK} of the steps; the trends, roughly")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing")
     options = parser.parse_intermixed_args(arguments)
     try:
-        path, *overrides = options.items
-        config = with_vocabulary(load_config(Path(path), [*overrides, *(QUICK if options.quick else [])]))
-        if config.moe.is_dense:
-            raise ConfigError(
-                "moe.num_experts", "the reference should be sparse; give it more than one expert"
+        config, cells, tasks = planned(options)
+        is_cpu = not options.launcher and not torch.cuda.is_available()
+        print(align(list(table(cells, config, seconds_per_flop(config) if is_cpu else None))))
+        tokens = config.train.steps * config.train.global_batch_size * config.data.seq_len
+        print(f"{len(tasks)} runs of {short(tokens)} tokens; the time is rough, without evaluation")
+        if options.quick:
+            print(
+                f"quick: 1/{QUICK} of the steps; models far from converged, so neither the size of the "
+                "differences nor the order of close cells carries over to the whole training"
             )
-        cells = plan(config, varied(options.vary), options.hold)
-        tasks = [
-            Task(cell, seed, RunFolder(options.out / "runs" / cell.name / f"seed-{seed}"))
-            for seed in numbers("--seeds", options.seeds)  # a whole curve first, then the next seed's
-            for cell in cells
-        ]
-        print(align(list(table(cells, config, seconds_per_flop(config)))))
-        print("seconds: rough, one thread, without evaluation; for large models see scripts/count.py --gpu")
         if options.dry_run:
             return 0
         write_plan(options.out, cells, options)
@@ -109,6 +127,39 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return train_all(tasks, options)
+
+
+def planned(options: argparse.Namespace) -> tuple[Config, list[Cell], list[Task]]:
+    """The reference, the cells of the plan, and their runs: a whole curve of one seed before the next seed's.
+
+    Raises:
+        ConfigError: something of the command line is impossible.
+    """
+    path, *overrides = options.items
+    config = with_vocabulary(load_config(Path(path), overrides))
+    config = shortened(config) if options.quick else config
+    if config.moe.is_dense:
+        raise ConfigError("moe.num_experts", "the reference should be sparse; give it more than one expert")
+    if options.launcher and options.jobs is not None:
+        raise ConfigError("--jobs", "runs with --launcher go one after the other; leave one of the two out")
+    if options.launcher and shutil.which(shlex.split(options.launcher)[0]) is None:
+        raise ConfigError("--launcher", f"there is no command {shlex.split(options.launcher)[0]!r}")
+    cells = plan(config, varied(options.vary), options.hold)
+    tasks = [
+        Task(cell, seed, RunFolder(options.out / "runs" / cell.name / f"seed-{seed}"))
+        for seed in numbers("--seeds", options.seeds)
+        for cell in cells
+    ]
+    return config, cells, tasks
+
+
+def shortened(config: Config) -> Config:
+    """The reference with 1/QUICK of the steps, evaluated at the end only."""
+    values = config.model_dump(mode="json")
+    steps = max(config.train.steps // QUICK, 1)
+    values["train"] |= {"steps": steps, "eval_interval": steps, "checkpoint_interval": steps}
+    values["optim"]["warmup_steps"] //= QUICK
+    return parse_config(values)
 
 
 def varied(options: list[str]) -> dict[str, list[Any]]:
@@ -141,12 +192,13 @@ def seconds_per_flop(config: Config) -> float | None:
     init_weights(model, 0)
     assert config.model.vocab_size is not None
     tokens = torch.randint(0, config.model.vocab_size, (config.train.micro_batch_size, config.data.seq_len))
-    for _ in range(2):  # the first pass loads libraries
+    fastest = math.inf
+    for _ in range(4):  # the first pass loads libraries
         started = time.perf_counter()
         model(tokens).logits.float().logsumexp(2).mean().backward()
-        elapsed = time.perf_counter() - started
+        fastest = min(fastest, time.perf_counter() - started)
     torch.set_num_threads(threads)
-    return elapsed / (tokens.numel() * count(config).flops_per_token_train)
+    return fastest / (tokens.numel() * count(config).flops_per_token_train)
 
 
 def table(cells: list[Cell], config: Config, per_flop: float | None) -> Iterator[list[str]]:
@@ -221,91 +273,126 @@ def write_plan(out: Path, cells: list[Cell], options: argparse.Namespace) -> Non
 
 def train_all(tasks: list[Task], options: argparse.Namespace) -> int:
     """Train what is not finished, some side by side; report; 1 if a run failed, 130 if stopped."""
-    missing = [task for task in tasks if not task.folder.summary.exists()]
+    missing = [task for task in tasks if not task.is_finished]
     print(f"{len(tasks) - len(missing)} of {len(tasks)} runs are finished", flush=True)
-    sweep = Sweep(options, len(missing))
+    sweep = Sweep(tasks, options.out, options.launcher)
+    one_at_a_time = options.launcher or torch.cuda.is_available()
+    jobs = options.jobs or (1 if one_at_a_time else os.cpu_count())
     previous = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        with ThreadPoolExecutor(1 if options.launcher else options.jobs) as pool:
+        with ThreadPoolExecutor(jobs) as pool:
             try:
-                codes = list(pool.map(sweep.train, missing))
+                futures = [pool.submit(sweep.train, task) for task in missing]
+                while wait(futures, PROGRESS_SECONDS).not_done:
+                    print(sweep.progress(), flush=True)
             except KeyboardInterrupt:
                 sweep.stop()
-                raise
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on")
-        return 130
+                pool.shutdown(cancel_futures=True)
+                print("stopped; the same command goes on")
+                return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
-        write_results(tasks, options.out)
-        if any(task.folder.summary.exists() for task in tasks):
-            for sentence in write_report(options.out):
-                print(sentence)
-            print(f"see {options.out / 'report.html'}")
-    return 1 if any(codes) else 0
+        sweep.write_results()
+    if any(task.is_finished for task in tasks):
+        for sentence in write_report(options.out):
+            print(sentence)
+        print(f"see {options.out / 'report.html'}")
+    return 1 if any(future.result() for future in futures) else 0
 
 
 class Sweep:
-    """Runs of train.py in processes of their own.
+    """Runs of train.py in processes of their own, and the record of them.
 
     Args:
-        options: of the command line.
-        num_runs: how many there will be, for the progress lines.
+        tasks: all of the plan.
+        out: folder of the sweep.
+        launcher: of each run; empty for plain Python.
     """
 
-    def __init__(self, options: argparse.Namespace, num_runs: int):
-        self.options, self.num_runs = options, num_runs
-        self._done, self._stopping = 0, False
-        self._processes: set[subprocess.Popen[bytes]] = set()
+    def __init__(self, tasks: list[Task], out: Path, launcher: str):
+        self.tasks, self.out = tasks, out
+        self._launcher = shlex.split(launcher) or [sys.executable]
+        self._started = time.perf_counter()
+        self._flops_before = self._flops()
+        self._stopping = False
+        self._running: dict[Task, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
 
     def train(self, task: Task) -> int:
         """One run, to its end; what it prints goes to its log. The exit code."""
-        if self._stopping:
-            return 0
-        name = f"{task.cell.name}-{task.seed}"
-        launcher = shlex.split(self.options.launcher) if self.options.launcher else [sys.executable]
         command = [
-            *launcher,
+            *self._launcher,
             str(ROOT / "train.py"),
-            str(self.options.out / "configs" / f"{task.cell.name}.yaml"),
+            str(self.out / "configs" / f"{task.cell.name}.yaml"),
             f"run.dir={task.folder.path}",
             f"run.seed={task.seed}",
         ]
         # A thread each: runs of several threads on the same cores wait for each other by spinning, and
         # rounding depends on the number of threads.
-        environment = {"OMP_NUM_THREADS": "1", "WANDB_RUN_GROUP": self.options.out.name} | os.environ
-        started = time.perf_counter()
-        with (self.options.out / "logs" / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        environment = {"OMP_NUM_THREADS": "1", "WANDB_RUN_GROUP": self.out.resolve().name} | os.environ
+        with (self.out / "logs" / f"{task.name}.log").open("ab") as log:
+            # The run inherits the lock with its output. If this sweep is killed and started again, a run that
+            # outlived it is waited for.
+            while not _locks(log.fileno()) and not self._stopping:
+                time.sleep(1)
+            started = time.perf_counter()
             with self._lock:
-                self._processes.add(process)
+                if self._stopping or task.is_finished:
+                    return 0
+                process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+                self._running[task] = process
             code = process.wait()
         with self._lock:
-            self._processes.discard(process)
-            self._done += 1
-            outcome = "done" if code == 0 else f"FAILED with exit code {code}, see logs/{name}.log"
-            seconds = time.perf_counter() - started
-            print(f"{self._done}/{self.num_runs}  {name}: {outcome} after {seconds:,.0f} s", flush=True)
+            del self._running[task]
+        if not self._stopping:
+            outcome = "done" if code == 0 else f"FAILED with exit code {code}, see {log.name}"
+            print(f"{task.name}: {outcome} after {time.perf_counter() - started:,.0f} s", flush=True)
+            self.write_results()
         return code
+
+    def progress(self) -> str:
+        """Where the sweep stands."""
+        with self._lock:
+            running = list(self._running)
+        total = sum(task.flops(task.cell.config.train.steps) for task in self.tasks)
+        done = self._flops()
+        spent = time.perf_counter() - self._started
+        speed = (done - self._flops_before) / spent
+        left = f", about {(total - done) / speed / 60:,.0f} minutes left" if speed else ""
+        steps = "; ".join(f"{task.name} {task.step:,}/{task.cell.config.train.steps:,}" for task in running)
+        return f"{done / total:.0%}{left}; {steps}"
 
     def stop(self) -> None:
         """Let the runs save, and start no more."""
         self._stopping = True
         with self._lock:
-            for process in self._processes:
+            for process in self._running.values():
                 process.send_signal(signal.SIGTERM)
 
+    def write_results(self) -> None:
+        """`results.jsonl`: a line per run, finished or not, in the order of the plan."""
+        lines = []
+        for task in self.tasks:
+            line = {"cell": task.cell.name, "seed": task.seed, "finished": task.is_finished}
+            if line["finished"]:
+                line |= json.loads(task.folder.summary.read_text())
+            lines.append(json.dumps(line) + "\n")
+        with self._lock:
+            new = self.out / "results.jsonl.new"
+            new.write_text("".join(lines))
+            new.replace(self.out / "results.jsonl")
 
-def write_results(tasks: list[Task], out: Path) -> None:
-    """`results.jsonl`: a line per run, finished or not, in the order of the plan."""
-    lines = []
-    for task in tasks:
-        line = {"cell": task.cell.name, "seed": task.seed, "finished": task.folder.summary.exists()}
-        if line["finished"]:
-            line |= json.loads(task.folder.summary.read_text())
-        lines.append(json.dumps(line))
-    (out / "results.jsonl").write_text("\n".join(lines) + "\n")
+    def _flops(self) -> float:
+        return sum(task.flops(task.step) for task in self.tasks)
+
+
+def _locks(descriptor: int) -> bool:
+    """Whether the lock of a file could be taken."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

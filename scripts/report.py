@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moe.config import ConfigError
 from moe.config_io import OneLineParser
-from moe.sweep_page import write_report
+from moe.sweep.page import write_report
 
 
 def main(arguments: list[str]) -> int:

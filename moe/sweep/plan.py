@@ -1,6 +1,6 @@
-"""Plan an ablation: configurations that differ in named settings while a held quantity stays equal.
+"""Plan a sweep: configurations that differ in named settings while a held quantity stays equal.
 
-The quantity is held by the width of the experts. Cells of one seed share the order of their samples, the
+The quantity is held by the width of the experts. Runs of one seed share the order of their samples, the
 evaluation batches, and all initial weights outside experts and routers, because those depend on the seed and
 on names only.
 """
@@ -21,7 +21,12 @@ GRANULARITY = "granularity"  # g: E and k times g, width over g (Dai et al. 2024
 TOLERANCE = 0.01
 WIDTH_STEP, WIDEST = 8, 2**14  # WIDEST in steps
 AFFORDABLE = 4  # times the reference's FLOPs, for the dense baseline of equal total parameters
-ONE_EXPERT: Mapping[str, Any] = {"moe.num_experts": 1, "moe.top_k": 1, "moe.num_shared_experts": 0}
+_DENSE: Mapping[str, Any] = {"moe.num_experts": 1, "moe.top_k": 1, "moe.num_shared_experts": 0}
+_BASELINES: Sequence[tuple[str, Hold, float]] = (
+    ("equal_active", "active_flops", 1.0),
+    ("double_active", "active_flops", 2.0),
+    ("equal_total", "total_params", 1.0),
+)
 _MEASURES: Mapping[str, Callable[[Config], float]] = {
     "active_flops": lambda config: count(config).flops_per_token_forward,
     "total_params": lambda config: count(config).total,
@@ -51,43 +56,49 @@ class Cell:
 
 
 def plan(config: Config, vary: Mapping[str, Sequence[Any]], hold: Hold) -> list[Cell]:
-    """Every combination of the varied settings, and the dense baselines, each solved for the held quantity.
+    """Every combination of the varied settings, and the dense baselines, solved for what they should equal.
+
+    The baselines have the reference's active FLOPs, twice those, and its total parameters (where affordable).
 
     Args:
         config: the reference, sparse, with `model.vocab_size` resolved; the held quantity is its own.
-        vary: dotted keys, or `granularity`, and their values.
+        vary: keys of the section `moe`, or `granularity`, and their values.
         hold: what stays equal.
 
     Raises:
         ConfigError: a setting is impossible, or no width holds the quantity within `TOLERANCE`.
     """
-    if hold != "none" and {"moe.d_ff_expert", "model.d_model"} & set(vary):
-        raise ConfigError(
-            "--hold", f"{hold} is held by the width of the experts; use --hold none to vary widths"
-        )
-    variants = []
+    for key in vary:
+        section, _, name = key.partition(".")
+        if key != GRANULARITY and (section != "moe" or name not in type(config.moe).model_fields):
+            raise ConfigError(
+                "--vary", f"{key} is not granularity or a key of moe.*; other settings need a sweep per value"
+            )
+    if hold != "none" and "moe.d_ff_expert" in vary:
+        raise ConfigError("--hold", f"{hold} is held by the width of the experts; use --hold none to vary it")
+    variants: list[tuple[str, Mapping[str, Any], Config, Hold, float]] = []
     for values in product(*vary.values()):
         settings = dict(zip(vary, values, strict=True))
         name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
-        variants.append((name, settings, _apply(config, settings), hold))
-    dense = _with(config, ONE_EXPERT)
-    variants.append(("dense,equal_active", ONE_EXPERT, dense, "active_flops"))
-    variants.append(("dense,equal_total", ONE_EXPERT, dense, "total_params"))
-    limit = AFFORDABLE * count(config).flops_per_token_train
+        variants.append((name, settings, _apply(config, settings), hold, 1.0))
+    dense = _with(config, _DENSE)
+    variants.extend((f"dense,{name}", _DENSE, dense, held, times) for name, held, times in _BASELINES)
+    limit = AFFORDABLE * count(config).flops_per_token_forward
     cells: dict[str, Cell] = {}
-    for name, settings, variant, held in variants:
-        solved, mismatch = _solve(name, variant, config, held)
+    for name, settings, variant, held, times in variants:
+        solved, mismatch = _solve(name, variant, held, config, times)
         cell = Cell(name, settings, solved, count(solved), mismatch, solved.moe.is_dense)
-        if name != "dense,equal_total" or cell.ledger.flops_per_token_train <= limit:
+        if name != "dense,equal_total" or cell.ledger.flops_per_token_forward <= limit:
             cells.setdefault(solved.model_dump_json(), cell)  # one expert may be a dense baseline already
     return list(cells.values())
 
 
-def _solve(name: str, variant: Config, reference: Config, hold: Hold) -> tuple[Config, float]:
-    """The variant with the expert width that brings the held quantity nearest to the reference's."""
+def _solve(name: str, variant: Config, hold: Hold, reference: Config, times: float) -> tuple[Config, float]:
+    """The variant with the expert width that brings what is held nearest to so many times the reference's."""
     if hold == "none":
         return variant, 0.0
-    measure, target = _MEASURES[hold], _MEASURES[hold](reference)
+    measure = _MEASURES[hold]
+    target = times * measure(reference)
 
     def at(steps: int) -> Config:
         return _with(variant, {"moe.d_ff_expert": steps * WIDTH_STEP})
@@ -122,7 +133,7 @@ def _apply(config: Config, settings: Mapping[str, Any]) -> Config:
             "moe.d_ff_expert": moe.d_ff_expert // factor,
         }
     if changes.get("moe.num_experts") == 1:
-        changes |= ONE_EXPERT
+        changes |= _DENSE
     return _with(config, changes)
 
 
@@ -131,7 +142,5 @@ def _with(config: Config, changes: Mapping[str, Any]) -> Config:
     values = config.model_dump(mode="json")
     for key, value in changes.items():
         section, _, name = key.partition(".")
-        if section not in values or name not in values[section]:
-            raise ConfigError("--vary", f"{key} is no key of the configuration; see train.py --help")
         values[section][name] = value
     return parse_config(values)

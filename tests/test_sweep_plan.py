@@ -1,12 +1,17 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from moe.ablation import plan
 from moe.accounting import count
 from moe.config import ConfigError
 from moe.config_io import load_config
+from moe.dispatch import LocalDispatcher
 from moe.memory import estimate_memory
+from moe.sweep.plan import plan
+from moe.transformer import Transformer, init_weights
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = load_config(CONFIGS / "tiny.yaml", ["model.vocab_size=1024"])
@@ -20,7 +25,7 @@ def test_active_flops_are_held_by_the_width_of_the_experts_within_1_percent():
     cells = by_name(plan(TINY, {"moe.num_experts": [1, 2, 4, 8, 16, 32]}, "active_flops"))
     reference = count(TINY).flops_per_token_forward
     for name, cell in cells.items():
-        if name != "dense,equal_total":
+        if name not in ("dense,double_active", "dense,equal_total"):
             assert abs(cell.ledger.flops_per_token_forward / reference - 1) < 0.01
             assert cell.mismatch == pytest.approx(cell.ledger.flops_per_token_forward / reference - 1)
     # By hand: a router of E experts costs as much as E / 3 of expert width; 2 x 256 + 8 / 3 in the reference.
@@ -36,6 +41,35 @@ def test_one_expert_of_the_sweep_is_the_dense_twin():
     ours, theirs = cell.config.model_dump(exclude={"run"}), twin.model_dump(exclude={"run"})
     assert ours == theirs
     assert cell.is_dense
+
+
+def test_the_flops_that_torch_counts_in_the_planned_models_are_equal_within_1_percent():
+    measured = {}
+    for cell in plan(TINY, {"moe.num_experts": [1, 2, 4, 8, 16, 32]}, "active_flops"):
+        model = Transformer(cell.config, LocalDispatcher(), "loop").eval()
+        tokens = torch.randint(0, 1024, (2, 128))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            model(tokens)
+        # torch counts the weighted sum over a token's experts as a product; by our convention sums are free.
+        weighted = 0 if cell.is_dense else 4 * 2 * cell.config.moe.top_k * 128
+        measured[cell.name] = counter.get_total_flops() / tokens.numel() - weighted
+    double, total = measured.pop("dense,double_active"), measured.pop("dense,equal_total")
+    assert max(measured.values()) / min(measured.values()) < 1.02  # each within 1 % of the reference:
+    assert all(abs(flops / measured["num_experts=8"] - 1) < 0.01 for flops in measured.values())
+    assert total > double > 1.9 * measured["num_experts=8"]
+
+
+def test_cells_of_one_seed_share_all_initial_weights_outside_experts_and_routers():
+    initial = []
+    for cell in plan(TINY, {"moe.num_experts": [1, 4, 8]}, "active_flops"):
+        model = Transformer(cell.config, LocalDispatcher(), "loop")
+        init_weights(model, 5)
+        initial.append(dict(model.named_parameters()))
+    shared = {name for name in initial[0] if ".ffn." not in name}
+    assert len(shared) == 4 * (2 + 4) + 3  # per layer two norms and four projections; embedding, norm, head
+    for other in initial[1:]:
+        assert shared == {name for name in other if ".ffn." not in name}
+        assert all(torch.equal(initial[0][name], other[name]) for name in shared)
 
 
 def test_granularity_keeps_total_and_active_parameters_but_for_the_router():
@@ -80,7 +114,15 @@ def test_nothing_held_leaves_the_width_alone():
 
 def test_the_dense_baselines_are_always_there_and_the_costly_one_only_where_affordable():
     cells = by_name(plan(TINY, {"moe.num_experts": [8]}, "active_flops"))
-    assert set(cells) == {"num_experts=8", "dense,equal_active", "dense,equal_total"}
+    dense = {"dense,equal_active": 512, "dense,double_active": 1328, "dense,equal_total": 2048}
+    assert set(cells) == {"num_experts=8", *dense}
+    for name, width in dense.items():
+        assert cells[name].config.moe.d_ff_expert == width
+    # By hand: an expert's FLOPs are 6 D per unit of width, in 4 layers; the router's, 2 D E.
+    flops = {name: cell.ledger.flops_per_token_forward for name, cell in cells.items()}
+    assert flops["num_experts=8"] - flops["dense,equal_active"] == 4 * 2 * 128 * 8
+    assert flops["dense,double_active"] - flops["dense,equal_active"] == 4 * 6 * 128 * (1328 - 512)
+    assert flops["dense,double_active"] == pytest.approx(2 * flops["num_experts=8"], rel=0.01)
     assert cells["dense,equal_total"].ledger.total == pytest.approx(count(TINY).total, rel=0.01)
     many = load_config(CONFIGS / "tiny.yaml", ["model.vocab_size=1024", "moe.num_experts=64"])
     assert "dense,equal_total" not in by_name(plan(many, {"moe.z_loss_coef": [0.0]}, "active_flops"))
@@ -95,7 +137,8 @@ def test_two_settings_make_every_combination():
     ("vary", "hold", "complaint"),
     [
         ({"moe.d_ff_expert": [64]}, "active_flops", "--hold: active_flops is held by the width"),
-        ({"moe.colour": [1]}, "active_flops", "--vary: moe.colour is no key"),
+        ({"moe.colour": [1]}, "active_flops", "--vary: moe.colour is not granularity or a key of moe"),
+        ({"optim.lr": [1e-3]}, "none", "--vary: optim.lr is not granularity or a key of moe"),
         ({"granularity": [3]}, "active_flops", "granularity: 3 does not divide"),
         ({"moe.top_k": [99]}, "active_flops", "moe.top_k: 99 is more than"),
         ({"granularity": [8]}, "active_flops", "--hold: granularity=8 misses active_flops by"),

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe.sweep_plots import draw
-from moe.sweep_report import COLUMNS, Findings, analyse, read_cells, rows, sentences
+from moe.sweep.findings import COLUMNS, Findings, analyse, read_cells, rows
+from moe.sweep.plots import draw
+from moe.sweep.sentences import sentences
 from moe.tables import plain, short
 
 _STYLE = """
@@ -37,6 +38,8 @@ _SHOWN = {
     "tokens_per_s": ("tokens per second", plain),
     "load_imbalance": ("load, busiest over mean", "{:.2f}".format),
     "dead_experts": ("dead experts", "{:.1f}".format),
+    "dropped_fraction": ("dropped", "{:.2%}".format),
+    "flops": ("FLOPs, training", "{:.2e}".format),
     "device_hours": ("device hours", plain),
     "usd": ("USD", plain),
     "kwh": ("kWh", plain),
@@ -48,32 +51,48 @@ def write_report(root: Path) -> list[str]:
     """Report every finished run below a folder, into that folder; the sentences of the report.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the folder cannot be written.
     """
-    findings = analyse(read_cells(root))
-    table, said, pictures = list(rows(findings)), list(sentences(findings)), draw(findings, root)
+    groups = analyse(read_cells(root))
+    said, table, sections = [], [], []
+    for number, findings in enumerate(groups, 1):
+        suffix = f"_{number}" if len(groups) > 1 else ""
+        some, sentence = list(rows(findings)), list(sentences(findings))
+        sections.append(_section(findings, some, sentence, draw(findings, root, suffix)))
+        table += some
+        said += sentence
     with (root / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(table)
+    title = html.escape(root.resolve().name)
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n"
+        + "<hr>\n".join(sections)
+        + "</body></html>\n"
+    )
+    (root / "report.html").write_text(page, encoding="utf-8")
+    return said
+
+
+def _section(
+    findings: Findings, table: list[dict[str, Any]], said: list[str], pictures: list[tuple[Path, str]]
+) -> str:
     figures = "".join(
         f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,'
         f'{b64encode(path.read_bytes()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>\n'
         for path, caption in pictures
     )
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(root.name)}</title><style>{_STYLE}</style></head><body>\n"
-        f"<h1>{html.escape(root.name)}</h1>\n<p>{html.escape(_opening(findings))}</p>\n"
+    return (
+        f"<p>{html.escape(_opening(findings))}</p>\n"
         "<h2>What it shows</h2>\n<ul>" + "".join(f"<li>{html.escape(one)}</li>\n" for one in said) + "</ul>\n"
         f'<h2>Figures by cell</h2>\n<div class="scroll">{_table(table)}</div>\n'
         "<p>Loss: validation, mean over seeds, with the 95 % interval of the mean; against dense: paired by "
-        "seed. Cost is summed over seeds; without rates (cost.*) there is neither price nor energy.</p>\n"
-        f"<h2>Pictures</h2>\n{figures}</body></html>\n"
+        "seed. FLOPs and cost are summed over seeds; without rates (cost.* in the configuration) there is "
+        f"neither price nor energy.</p>\n<h2>Pictures</h2>\n{figures}"
     )
-    (root / "report.html").write_text(page, encoding="utf-8")
-    return said
 
 
 def _opening(findings: Findings) -> str:
@@ -83,7 +102,7 @@ def _opening(findings: Findings) -> str:
     return (
         f"{sum(len(cell.runs) for cell in cells)} runs of {len(cells)} cells, "
         f"seeds {', '.join(map(str, seeds))}, {short(run.summary['tokens'])} tokens each of "
-        f"{run.config.data.source}. Cells of one seed share their batches, their evaluation, and all "
+        f"{run.config.data.source}. Runs of one seed share their batches, their evaluation, and all "
         "initial weights outside experts and routers."
     )
 
