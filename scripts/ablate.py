@@ -325,6 +325,7 @@ class Sweep:
             str(ROOT / "train.py"),
             str(self.out / "configs" / f"{task.cell.name}.yaml"),
             f"run.dir={task.folder.path}",
+            f"run.name={task.cell.name.replace('=', '-').replace(',', '.')}.seed-{task.seed}",
             f"run.seed={task.seed}",
         ]
         # A thread each: runs of several threads on the same cores wait for each other by spinning, and

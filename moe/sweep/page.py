@@ -2,6 +2,7 @@
 
 import csv
 import html
+import json
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,9 @@ def write_report(root: Path) -> list[str]:
         sections.append(_section(findings, some, sentence, draw(findings, root, suffix)))
         table += some
         said += sentence
+    if unfinished := _unfinished(root / "results.jsonl"):
+        said.append(f"Not finished, and so not counted: {'; '.join(unfinished)}.")
+        sections.append(f"<p>{html.escape(said[-1])}</p>\n")
     with (root / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -75,6 +79,11 @@ def write_report(root: Path) -> list[str]:
     )
     (root / "report.html").write_text(page, encoding="utf-8")
     return said
+
+
+def _unfinished(record: Path) -> list[str]:
+    lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    return [f"{line['cell']} seed {line['seed']}" for line in lines if not line["finished"]]
 
 
 def _section(
