@@ -4,7 +4,7 @@ import csv
 import html
 import json
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,19 @@ from moe.tables import plain, short
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-  margin: 0 auto; max-width: 62rem; padding: 1rem; }
+  margin: 0 auto; max-width: 72rem; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+th { white-space: normal; }
 thead th { border-bottom: 2px solid #444; vertical-align: bottom; }
-figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; }
+figure { margin: 1.2rem 0; } img { width: 100%; min-width: 34rem; max-width: 48rem; height: auto; }
 figcaption { color: #444; font-size: .9rem; }
 """
 
-_SHOWN = {
+_QUALITY = {
     "cell": ("cell", str),
     "params_total": ("parameters, total", short),
     "params_active": ("active", short),
@@ -36,9 +37,13 @@ _SHOWN = {
     "bits_per_byte": ("bits per byte", "{:.4f}".format),
     "difference": ("against dense", "{:+.4f}".format),
     "equivalent_dense_params": ("worth a dense one of", short),
+}
+_EFFORT = {
+    "cell": ("cell", str),
     "tokens_per_s": ("tokens per second", plain),
     "load_imbalance": ("load, busiest over mean", "{:.2f}".format),
     "dead_experts": ("dead experts", "{:.1f}".format),
+    "router_entropy": ("router entropy, nats", "{:.2f}".format),
     "dropped_fraction": ("dropped", "{:.2%}".format),
     "flops": ("FLOPs, training", "{:.2e}".format),
     "device_hours": ("device hours", plain),
@@ -90,16 +95,18 @@ def _section(
     findings: Findings, table: list[dict[str, Any]], said: list[str], pictures: list[tuple[Path, str]]
 ) -> str:
     figures = "".join(
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,'
-        f'{b64encode(path.read_bytes()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>\n'
+        f'<figure><div class="scroll"><img alt="{html.escape(caption)}" src="data:image/png;base64,'
+        f'{b64encode(path.read_bytes()).decode()}"></div><figcaption>{html.escape(caption)}</figcaption></figure>\n'
         for path, caption in pictures
     )
     return (
         f"<p>{html.escape(_opening(findings))}</p>\n"
         "<h2>What it shows</h2>\n<ul>" + "".join(f"<li>{html.escape(one)}</li>\n" for one in said) + "</ul>\n"
-        f'<h2>Figures by cell</h2>\n<div class="scroll">{_table(table)}</div>\n'
-        "<p>Loss: validation, mean over seeds, with the 95 % interval of the mean; against dense: paired by "
-        "seed. FLOPs and cost are summed over seeds; without rates (cost.* in the configuration) there is "
+        f'<h2>Quality</h2>\n<div class="scroll">{_table(table, _QUALITY)}</div>\n'
+        "<p>Loss: validation, mean over seeds, with its 95 % interval, in which the seeds' common luck "
+        "counts; against dense: paired by seed, so it does not.</p>\n"
+        f'<h2>Speed, routing and cost</h2>\n<div class="scroll">{_table(table, _EFFORT)}</div>\n'
+        "<p>FLOPs and cost are summed over seeds; without rates (cost.* in the configuration) there is "
         f"neither price nor energy.</p>\n<h2>Pictures</h2>\n{figures}"
     )
 
@@ -116,8 +123,8 @@ def _opening(findings: Findings) -> str:
     )
 
 
-def _table(table: list[dict[str, Any]]) -> str:
-    shown = {key: how for key, how in _SHOWN.items() if any(row[key] is not None for row in table)}
+def _table(table: list[dict[str, Any]], columns: Mapping[str, Any]) -> str:
+    shown = {key: how for key, how in columns.items() if any(row[key] is not None for row in table)}
     head = "".join(f"<th>{html.escape(title)}</th>" for title, _ in shown.values())
     body = "".join(
         "<tr>" + "".join(f"<td>{cell}</td>" for cell in _cells(row, shown)) + "</tr>\n" for row in table
@@ -125,7 +132,7 @@ def _table(table: list[dict[str, Any]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
 
 
-def _cells(row: dict[str, Any], shown: dict[str, Any]) -> Iterator[str]:
+def _cells(row: dict[str, Any], shown: Mapping[str, Any]) -> Iterator[str]:
     for key, (_, form) in shown.items():
         text = "" if row[key] is None else form(row[key])
         if row.get(f"{key}_low") is not None:

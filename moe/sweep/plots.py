@@ -14,6 +14,7 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from moe.sweep.findings import CellResult, Findings, Run
 
@@ -89,7 +90,7 @@ def draw(findings: Findings, folder: Path, suffix: str) -> list[tuple[Path, str]
             )
     pictures = []
     for name, title, caption, fill in wanted:
-        figure, axes = plt.subplots(figsize=(8, 5), dpi=120, layout="constrained")
+        figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=130, layout="constrained")
         fill(axes)
         axes.set_title(title, fontsize=12)
         axes.grid(alpha=0.3)
@@ -118,10 +119,16 @@ def _against_parameters(axes: Axes, findings: Findings) -> None:
                 fontsize=8,
             )
     if findings.law is not None:
-        at = np.geomspace(*axes.get_xlim(), 50)
+        totals = [cell.ledger.total / 1e6 for cell in findings.cells]
+        at = np.geomspace(min(totals), max(totals), 50)
         losses = findings.law.scale * (at * 1e6) ** findings.law.exponent.mean
         axes.plot(at, losses, "--", color="#888888", linewidth=1, label="power law at equal active FLOPs")
     axes.set(xscale="log", xlabel="total parameters (millions)", ylabel=_LOSS)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    lowest, highest = axes.get_xlim()
+    axes.set_xlim(lowest, 1.4 * highest)  # room for the last label
     axes.legend(frameon=False)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from moe.sweep.findings import CellResult, Findings
+from moe.sweep.plan import TOLERANCE
 from moe.sweep.statistics import Interval, paired_difference
 from moe.tables import short
 
@@ -39,9 +40,12 @@ def _against_dense(findings: Findings, baseline: CellResult) -> Iterator[str]:
     single = [label for label in findings.differences if label not in known]
     if single:
         yield f"One seed in common with {baseline.label} tells no spread; may be chance: {'; '.join(single)}."
+    flops = {cell.label: cell.ledger.flops_per_token_forward for cell in findings.cells}
     outcomes: dict[str, list[str]] = {"Better than": [], "Worse than": [], "Not told apart from": []}
     for label, difference in known.items():
-        outcomes[_outcome(difference)].append(f"{label} by {interval(difference)}")
+        times = flops[label] / flops[baseline.label]
+        cost = f" (with {times:.2g} times its FLOPs)" if abs(times - 1) > 2 * TOLERANCE else ""
+        outcomes[_outcome(difference)].append(f"{label} by {interval(difference)}{cost}")
     for outcome, found in outcomes.items():
         if found:
             yield f"{outcome} {baseline.label} (nats per token, paired by seed, 95 %): {'; '.join(found)}."
