@@ -12,6 +12,7 @@ from typing import Any
 from moe.config import ConfigError
 from moe.config_io import OneLineParser, load_config
 from moe.run_folder import RunFolder
+from moe.sweep.statistics import paired_difference, with_bounds
 
 
 def main(arguments: list[str]) -> int:
@@ -30,14 +31,15 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    differences = []
     print("seed   runs: bits/byte    against: bits/byte    difference")
     for seed in sorted(runs):
         ours, theirs = runs[seed]["final_bits_per_byte"], baselines[seed]["final_bits_per_byte"]
-        differences.append(ours - theirs)
         print(f"{seed:>4} {ours:>18.4f} {theirs:>21.4f} {ours - theirs:>+13.4f}")
-    spread = statistics.stdev(differences) if len(differences) > 1 else float("nan")
-    print(f"mean difference {statistics.mean(differences):+.4f}, standard deviation over seeds {spread:.4f}")
+    difference = paired_difference(
+        {seed: run["final_bits_per_byte"] for seed, run in runs.items()},
+        {seed: run["final_bits_per_byte"] for seed, run in baselines.items()},
+    )
+    print(f"mean difference {with_bounds(difference)}, with the 95 % interval of the paired t-test")
     for name, side in (("runs", runs), ("against", baselines)):
         any_run = next(iter(side.values()))
         speed = statistics.median(summary["tokens_per_s"] for summary in side.values())

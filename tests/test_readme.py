@@ -95,7 +95,21 @@ def test_readme_commands_run(command, workplace, small, monkeypatch, capsys):
         ]
         done = subprocess.run(call, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
-        assert re.search(r"mean difference [+-]\d\.\d{4}, standard deviation over seeds \d", done.stdout)
+        assert re.search(r"mean difference [+-]\d\.\d{4} \[.*\], with the 95 % interval", done.stdout)
+    elif words[1] == "scripts/ablate.py":  # sweeps themselves: tests/test_ablate.py
+        texts = [item for item in small if item.startswith(("data.source", "data.cache_dir"))]
+        call = [sys.executable, str(ROOT / words[1]), str(ROOT / words[2]), *texts, *words[3:]]
+        done = subprocess.run([*call, "--dry-run"], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "dense,equal_total" in done.stdout
+    elif words[1] == "scripts/report.py":
+        if not (workplace / words[2]).exists():
+            assert train.main([*shrink, "train.steps=2", f"run.dir={words[2]}/any"]) == 0
+        done = subprocess.run(
+            [sys.executable, str(ROOT / words[1]), words[2]], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (workplace / words[2] / "report.html").exists()
     elif words[1] in ("scripts/count.py", "scripts/plan.py"):
         done = subprocess.run(
             f"{sys.executable} {' '.join(words[1:])}",

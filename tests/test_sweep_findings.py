@@ -115,7 +115,15 @@ def test_the_sentences_tell_better_from_worse_and_from_unclear(sweep):
 def test_one_seed_and_no_dense_run_are_said(tmp_path):
     write_run(tmp_path / "a", SHAPES["8"][0], 0, 2.9)
     (found,) = analyse(read_cells(tmp_path))
-    assert next(sentences(found)).startswith("Nothing is compared with a dense model")
+    assert list(sentences(found)) == [
+        "sparse is compared with nothing: no other run here has its settings outside moe.*."
+    ]
+    write_run(tmp_path / "c", SHAPES["16"][0], 0, 2.8)
+    (found,) = analyse(read_cells(tmp_path))
+    beginning = (
+        "Nothing is compared with a dense model: there is no dense run beside num_experts=8; num_experts=16"
+    )
+    assert next(sentences(found)).startswith(beginning)
     write_run(tmp_path / "b", SHAPES["dense"][0], 0, 3.0)
     (found,) = analyse(read_cells(tmp_path))
     assert next(sentences(found)).startswith("One seed in common with dense tells no spread")

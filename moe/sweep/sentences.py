@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from moe.sweep.findings import CellResult, Findings
 from moe.sweep.plan import TOLERANCE
-from moe.sweep.statistics import Interval, paired_difference
+from moe.sweep.statistics import Interval, paired_difference, with_bounds
 from moe.tables import short
 
 
@@ -13,8 +13,12 @@ def sentences(findings: Findings) -> Iterator[str]:
     """What the runs support, and what they do not."""
     cells = findings.cells
     sparse = [cell for cell in cells if not cell.is_dense]
+    if len(cells) == 1:
+        yield f"{cells[0].label} is compared with nothing: no other run here has its settings outside moe.*."
+        return
     if findings.baseline is None:
-        yield f"Nothing is compared with a dense model: there is no dense run beside {_names(sparse)}."
+        names = "; ".join(cell.label for cell in sparse)
+        yield f"Nothing is compared with a dense model: there is no dense run beside {names}."
     else:
         yield from _against_dense(findings, findings.baseline)
     yield from _step_by_step(sparse)
@@ -22,7 +26,7 @@ def sentences(findings: Findings) -> Iterator[str]:
         exponent = findings.law.exponent
         yield (
             "Loss against total parameters at equal active FLOPs, as a power law: exponent "
-            f"{interval(exponent)}, residuals up to {max(map(abs, findings.law.residuals)):.2%} of the loss."
+            f"{with_bounds(exponent)}, residuals to {max(map(abs, findings.law.residuals)):.2%} of the loss."
         )
     yield from _equivalents(findings)
     yield from _speed(findings)
@@ -45,7 +49,7 @@ def _against_dense(findings: Findings, baseline: CellResult) -> Iterator[str]:
     for label, difference in known.items():
         times = flops[label] / flops[baseline.label]
         cost = f" (with {times:.2g} times its FLOPs)" if abs(times - 1) > 2 * TOLERANCE else ""
-        outcomes[_outcome(difference)].append(f"{label} by {interval(difference)}{cost}")
+        outcomes[_outcome(difference)].append(f"{label} by {with_bounds(difference)}{cost}")
     for outcome, found in outcomes.items():
         if found:
             yield f"{outcome} {baseline.label} (nats per token, paired by seed, 95 %): {'; '.join(found)}."
@@ -74,7 +78,7 @@ def _step_by_step(sparse: Sequence[CellResult]) -> Iterator[str]:
     ]
     if steps:
         found = [
-            f"{larger.label} {_outcome(d).lower()} {smaller.label}: {interval(d)}"
+            f"{larger.label} {_outcome(d).lower()} {smaller.label}: {with_bounds(d)}"
             for smaller, larger, d in steps
         ]
         yield f"Step by step: {'; '.join(found)}."
@@ -98,7 +102,7 @@ def _equivalents(findings: Findings) -> Iterator[str]:
         )
         yield (
             "Worth a dense model of so many active parameters (without the input embedding), by a power law "
-            f"of exponent {interval(law.exponent)} through the dense runs ({fit}): {'; '.join(found)}."
+            f"of exponent {with_bounds(law.exponent)} through the dense runs ({fit}): {'; '.join(found)}."
         )
 
 
@@ -113,14 +117,3 @@ def _speed(findings: Findings) -> Iterator[str]:
         if found:
             base = findings.baseline.label
             yield f"Tokens per second on this machine, those of {base} being 1: {'; '.join(found)}."
-
-
-def interval(value: Interval) -> str:
-    """Four digits, and the bounds where there are any."""
-    if value.low is None or value.high is None:
-        return f"{value.mean:+.4f}"
-    return f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}]"
-
-
-def _names(cells: Sequence[CellResult]) -> str:
-    return "; ".join(cell.label for cell in cells)

@@ -18,6 +18,13 @@ class Interval(NamedTuple):
     high: float | None
 
 
+def with_bounds(value: Interval) -> str:
+    """Four digits, and the bounds where there are any."""
+    if value.low is None or value.high is None:
+        return f"{value.mean:+.4f}"
+    return f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}]"
+
+
 def mean_interval(values: Sequence[float]) -> Interval:
     """Mean of independent values with Student's t interval."""
     mean = float(np.mean(values))
