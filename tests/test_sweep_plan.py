@@ -80,6 +80,8 @@ def test_granularity_keeps_total_and_active_parameters_but_for_the_router():
         for c in [cells[f"granularity={g}"].config.moe]
     }
     assert shapes == {1: (8, 2, 256), 2: (16, 4, 128), 4: (32, 8, 64)}
+    unheld = by_name(plan(TINY, {"granularity": [4]}, "none"))["granularity=4"].config.moe
+    assert (unheld.num_experts, unheld.top_k, unheld.d_ff_expert) == shapes[4]
     router = 4 * 128 * 8  # layers, width, experts of the reference
     for g in (1, 2, 4):
         ledger = cells[f"granularity={g}"].ledger
@@ -95,6 +97,17 @@ def test_more_experts_per_token_are_narrower_and_the_gate_rule_stays():
         ConfigError, match=r"moe\.normalize_gate_weights"
     ):  # not switched behind the user's back
         plan(TINY, {"moe.top_k": [1, 2]}, "active_flops")
+
+
+def test_widths_are_multiples_of_8_and_a_miss_of_more_than_1_percent_either_way_is_refused():
+    # By hand: 2 x 256 / 3 = 170.7, so 3 x 168 = 504, 1.6 % off in the experts, which take 63 % of the FLOPs.
+    (cell,) = (c for c in plan(TINY, {"moe.top_k": [3]}, "active_flops") if c.name == "top_k=3")
+    assert cell.config.moe.d_ff_expert == 168
+    assert cell.mismatch == pytest.approx(4 * 6 * 128 * (504 - 512) / count(TINY).flops_per_token_forward)
+    # 2 x 64 / 3 = 42.7, so 3 x 40 = 120 or 3 x 48 = 144, where experts take 30 %: 1.9 % below, 3.7 % above.
+    narrow = load_config(CONFIGS / "tiny.yaml", ["model.vocab_size=1024", "moe.d_ff_expert=64"])
+    with pytest.raises(ConfigError, match=r"top_k=3 misses active_flops by -1\.9% with experts 40 wide"):
+        plan(narrow, {"moe.top_k": [3]}, "active_flops")
 
 
 def test_total_parameters_and_memory_can_be_held_instead():

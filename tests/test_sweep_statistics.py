@@ -51,6 +51,15 @@ def test_the_exponents_interval_holds_the_planted_one_in_about_95_of_100_noisy_f
     assert 0.92 <= held / 400 <= 0.98
 
 
+def test_the_exponents_interval_by_hand():
+    # log x = 0, 1, 2 and log y = 0, -1, -2.3: slope -2.3 / 2, residuals -0.05, 0.1, -0.05, so the standard
+    # error is sqrt(0.015 / 1 / 2); Student's t of one degree of freedom is 12.7062.
+    law = fit_power_law([1.0, math.e, math.e**2], [1.0, math.exp(-1), math.exp(-2.3)])
+    half = 12.7062 * math.sqrt(0.015 / 2)
+    assert law.exponent == pytest.approx((-1.15, -1.15 - half, -1.15 + half), rel=1e-5)
+    assert law.residuals == pytest.approx((-0.05, 0.1, -0.05))
+
+
 def test_two_points_are_met_exactly_and_give_no_interval():
     law = fit_power_law([1.0, 10.0], [8.0, 4.0])
     assert law.exponent.low is None
