@@ -210,7 +210,7 @@ def train(config: Config) -> int:
         title = f"{config.run.name}: {total:.1f}M parameters, {active:.1f}M active"
         plot_losses(read_metrics(folder.metrics), title, folder.loss_plot)
         folder.sample.write_text(samples, encoding="utf-8")
-        folder.summary.write_text(json.dumps(summary, indent=1))
+        folder.finish(summary)
         say(json.dumps(summary, indent=1))
         say(f"see {folder.loss_plot} and {folder.sample}; scripts/generate.py {folder.path} writes more")
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -69,24 +69,37 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not OmegaConf.is_dict(loaded):
         raise ConfigError("CONFIG", f"{path} holds no sections; it should read like configs/tiny.yaml")
     for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not key:
-            raise ConfigError(item, "is not section.key=value; see train.py --help")
-        if "." not in key:
-            raise ConfigError(key, f"names no section{_near_miss(key)}; overrides read section.key=value")
-        try:
-            override = OmegaConf.from_dotlist([item])
-        except yaml.YAMLError:  # a glob such as *.txt is no YAML; it is the text that it looks like
-            override = OmegaConf.create()
-            OmegaConf.update(override, key, text)
-        except OmegaConfBaseException as error:
-            raise ConfigError(key, f"cannot be set to this value ({first_line(error)})") from None
-        loaded = OmegaConf.merge(loaded, override)
+        loaded = OmegaConf.merge(loaded, _parse_override(item))
     try:
         values = OmegaConf.to_container(loaded, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError("CONFIG", f"{path}: {first_line(error)}") from None
     return parse_config(values)
+
+
+def override_value(item: str) -> Any:
+    """The value of an override such as `moe.num_experts=16`, read as `load_config` reads it.
+
+    Raises:
+        ConfigError: it is no override.
+    """
+    return OmegaConf.select(_parse_override(item), item.partition("=")[0])
+
+
+def _parse_override(item: str) -> DictConfig:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ConfigError(item, "is not section.key=value; see train.py --help")
+    if "." not in key:
+        raise ConfigError(key, f"names no section{_near_miss(key)}; overrides read section.key=value")
+    try:
+        return OmegaConf.from_dotlist([item])
+    except yaml.YAMLError:  # a glob such as *.txt is no YAML; it is the text that it looks like
+        override = OmegaConf.create()
+        OmegaConf.update(override, key, text)
+        return override
+    except OmegaConfBaseException as error:
+        raise ConfigError(key, f"cannot be set to this value ({first_line(error)})") from None
 
 
 def parse_config(values: Any) -> Config:

@@ -3,7 +3,9 @@
 config.yaml  env.json  metrics.jsonl  summary.json  loss.png  sample.txt  tokenizer.json  checkpoints/
 """
 
+import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,12 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """One folder per checkpoint."""
         return self.path / "checkpoints"
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`, in one piece: who finds it finds all of it."""
+        scratch = self.summary.with_suffix(".partial")
+        scratch.write_text(json.dumps(summary, indent=1))
+        scratch.replace(self.summary)
 
     def create(self, config: Config) -> None:
         """Make the folder, write the configuration, and remove the results of an earlier, shorter run.
@@ -161,11 +169,20 @@ def _is_run(folder: RunFolder) -> bool:
     return True
 
 
+def _may_change(key: str) -> bool:
+    return key in _FREE_KEYS or key.startswith(_FREE_SECTIONS)
+
+
+def sets_results(key: str) -> bool:
+    """Whether finished runs that differ in a key are different experiments; rounding is not looked at."""
+    return not _may_change(key) or key in ("train.steps", "parallel.precision")
+
+
 def _check_same_experiment(new: Config, saved: Config) -> None:
     changed: list[tuple[str, Any, Any]] = []
     new_values = flat_config(new)
     for key, old_value in flat_config(saved).items():
-        free = key in _FREE_KEYS or key.startswith(_FREE_SECTIONS)
+        free = _may_change(key)
         from_tokenizer = key == "model.vocab_size" and new_values[key] is None
         if not free and not from_tokenizer and new_values[key] != old_value:
             changed.append((key, old_value, new_values[key]))

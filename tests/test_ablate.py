@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 
 import train
-from scripts.ablate import main
+from moe.config_io import load_config
+from scripts.ablate import main, shortened
 from scripts.report import main as report
 from tests.conftest import read_lines
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.xdist_group("ablate")  # one sweep is made once
+
+
+EIGHT = ["--vary", "moe.num_experts=8"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,9 @@ def test_every_cell_and_seed_is_an_ordinary_finished_run(sweep):
 
 def test_one_expert_is_bit_for_bit_the_dense_model_trained_alone(sweep, config, tmp_path):
     alone = tmp_path / "alone"
-    width = json.loads((sweep / "plan.json").read_text())["cells"][0]["config"]["moe"]["d_ff_expert"]
+    width = json.loads((sweep / "plan.json").read_text())["cells"]["num_experts=1"]["config"]["moe"][
+        "d_ff_expert"
+    ]
     dense = [str(ROOT / "configs" / "tiny_dense.yaml"), *config[1:], "moe.num_experts=1", "moe.top_k=1"]
     assert train.main([*dense, f"moe.d_ff_expert={width}", f"run.dir={alone}", "run.seed=1"]) == 0
     assert read_lines(alone) == read_lines(sweep / "runs" / "num_experts=1" / "seed-1")
@@ -69,20 +75,26 @@ def test_the_same_command_again_trains_nothing_and_another_plan_is_refused(sweep
     assert main([*config, "--vary", "moe.num_experts=1,8", *arguments]) == 0
     assert "8 of 8 runs are finished" in capsys.readouterr().out
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
-    assert main([*config, "--vary", "moe.num_experts=1,4", *arguments]) == 2
-    assert "holds another sweep" in capsys.readouterr().err
+    record = (sweep / "results.jsonl").read_bytes()
+    assert (
+        main([*config, "--vary", "moe.num_experts=1", "--seeds", "0", "--out", str(sweep), "log.interval=3"])
+        == 0
+    )
+    assert (sweep / "results.jsonl").read_bytes() == record  # other cells and seeds are not forgotten
+    assert main([*config, "--vary", "moe.num_experts=8", "optim.lr=1e-3", *arguments]) == 2
+    assert "holds a sweep whose num_experts=8 has" in capsys.readouterr().err
 
 
 def test_the_report_is_one_file_without_requests_and_its_table_holds_every_cell(sweep):
     page = (sweep / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "http" not in re.sub(r"data:image/png;base64,[\w+/=]+", "", page)
-    assert page.count("<figure>") == 8
+    assert page.count("<figure>") == 9
     with (sweep / "results.csv").open() as file:
         rows = {row["cell"]: row for row in csv.DictReader(file)}
     assert len(rows) == 4  # two dense ones more
-    assert rows["sparse"]["difference"]
-    assert float(rows["sparse"]["difference_low"]) < float(rows["sparse"]["difference_high"])
+    assert rows["num_experts=8"]["difference"]
+    assert float(rows["num_experts=8"]["difference_low"]) < float(rows["num_experts=8"]["difference_high"])
 
 
 def test_the_report_is_rebuilt_from_any_folder_of_runs(sweep, tmp_path, capsys):
@@ -121,20 +133,43 @@ def test_a_failed_run_is_reported_and_the_others_go_on_also_under_a_launcher(con
         assert b"by_launcher" in mirror.read_bytes()  # the group
 
 
-def test_a_sweep_that_is_killed_and_started_again_gives_the_same_results(sweep, config, tmp_path):
+def test_a_sweep_that_is_stopped_or_killed_and_started_again_gives_the_same_results(sweep, config, tmp_path):
     out, moments = tmp_path / "killed", random.Random()
     call = [sys.executable, str(ROOT / "scripts" / "ablate.py"), *config, "--vary", "moe.num_experts=1,8"]
     call += ["--seeds", "0", "--out", str(out)]
-    for kill in (os.kill, os.killpg):  # the sweep alone, whose runs go on; then everything
-        process = subprocess.Popen(call, stdout=subprocess.DEVNULL, start_new_session=True, cwd=ROOT)
-        while not list(out.glob("runs/*/*/checkpoints/step-*")):
-            assert process.poll() is None
-            time.sleep(0.1)
-        moment = moments.uniform(0, 3)
-        print(f"killed {moment:.2f} s after the first checkpoint is there")
-        time.sleep(moment)
-        kill(process.pid, signal.SIGKILL)
-        process.wait()
+
+    def saved():
+        return set(out.glob("runs/*/*/checkpoints/step-*"))
+
+    def begin():
+        """Start in the background of a shell without job control, and come back at a moment after a save."""
+        before = saved()
+        process = subprocess.Popen(
+            call,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            cwd=ROOT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )
+        while saved() <= before and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(moment := moments.uniform(0, 2))
+        print(f"{moment:.2f} s after a save")
+        return process
+
+    process = begin()
+    process.terminate()
+    assert process.communicate(timeout=60)[0].endswith(b"stopped; the same command goes on\n")
+    assert process.returncode == 130
+    lines = [json.loads(line) for line in (out / "results.jsonl").open()]
+    assert len(lines) == 4
+    assert not all(line["finished"] for line in lines)
+    process = begin()
+    process.kill()  # its runs go on
+    process.communicate()
+    process = begin()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
     assert subprocess.run(call, stdout=subprocess.DEVNULL, cwd=ROOT, timeout=300).returncode == 0
     runs = sorted((sweep / "runs").glob("*/seed-0"))
     assert len(runs) == 4
@@ -142,17 +177,47 @@ def test_a_sweep_that_is_killed_and_started_again_gives_the_same_results(sweep, 
         assert read_lines(run) == read_lines(out / "runs" / run.relative_to(sweep / "runs"))
 
 
+def test_quick_is_an_eighth_of_the_steps(config, tmp_path, capsys):
+    call = [
+        *config,
+        "train.steps=160",
+        "optim.warmup_steps=20",
+        "--vary",
+        "moe.num_experts=8",
+        "--seeds",
+        "0",
+    ]
+    assert main([*call, "--out", str(tmp_path / "sweep"), "--quick", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert f"4 runs of {20 * 4 * 32 / 1e3:.3g}k tokens" in printed
+    assert "quick: 1/8 of the steps" in printed
+    quick = shortened(load_config(Path(call[0]), call[1:-4])).train
+    assert (quick.steps, quick.eval_interval) == (20, 10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["--vary", "moe.num_experts"], "--vary: 'moe.num_experts' is not key=value,value"),
-        (["--vary", "moe.num_experts=8", "--seeds", "0,0"], "--seeds: should be different whole numbers"),
-        (
-            ["--vary", "moe.num_experts=8", "moe.num_experts=1", "moe.top_k=1"],
-            "moe.num_experts: the reference",
-        ),
-        (["--vary", "moe.colour=8"], "--vary: moe.colour is not granularity or a key"),
-        (["--vary", "moe.num_experts=8", "--jobs", "0"], "argument --jobs: should be a whole number above 0"),
+        (["--vary", "moe.num_experts=1,,8"], "--vary: 'moe.num_experts=1,,8' is not key=value,value"),
+        (["--vary", "=8"], "--vary: '=8' is not key=value,value"),
+        (["--vary", "moe.num_experts=8,8"], "--vary: 'moe.num_experts=8,8' has a value twice"),
+        ([*EIGHT, "--vary", "moe.num_experts=4"], "--vary: moe.num_experts is given twice"),
+        (["--vary", "moe.num_experts=[1"], "moe.num_experts: should be a valid integer"),
+        (["--vary", "moe.num_experts=1.0"], "moe.num_experts: should be a valid integer"),
+        (["--vary", "moe.colour=8"], "--vary: 'moe.colour' is not granularity or a key of moe"),
+        (["--vary", "granularity=fine"], "granularity: should be a whole number above 0, got fine"),
+        ([*EIGHT, "--seeds", "0,0"], "--seeds: should be different whole numbers"),
+        ([*EIGHT, "--seeds", "0,00"], "--seeds: should be different whole numbers"),
+        ([*EIGHT, "--seeds", "9" * 20], "--seeds: should be different whole numbers"),
+        ([*EIGHT, "moe.num_experts=1", "moe.top_k=1"], "moe.num_experts: the reference"),
+        ([*EIGHT, "run.seed=5"], "run.*: is set by the sweep"),
+        ([*EIGHT, "--jobs", "0"], "argument --jobs: should be a whole number above 0"),
+        ([*EIGHT, "--launcher", " "], "--launcher: there is no such command: ' '"),
+        ([*EIGHT, "--launcher", "torchrun 'x"], "--launcher: cannot be read (No closing quotation)"),
+        ([*EIGHT, "--launcher", "no-such-launcher -n 2"], "--launcher: there is no such command"),
+        ([*EIGHT, "--launcher", "deepspeed --num_gpus 2"], "--launcher: deepspeed leaves its ranks behind"),
+        ([*EIGHT, "--launcher", sys.executable, "--jobs", "2"], "--jobs: runs with --launcher go one after"),
     ],
 )
 def test_bad_input_gets_one_line_exit_2_and_writes_nothing(config, tmp_path, capsys, arguments, complaint):
@@ -166,6 +231,13 @@ def test_bad_input_gets_one_line_exit_2_and_writes_nothing(config, tmp_path, cap
     assert printed.err.startswith(f"error: {complaint}")
     assert len(printed.err.splitlines()) == 1
     assert not out.exists()
+
+
+def test_a_folder_that_is_a_file_is_refused(config, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "sweep"):
+        assert main([*config, *EIGHT, "--out", str(out), "--dry-run"]) == 2
+        assert capsys.readouterr().err == f"error: --out: {tmp_path / 'file'} is a file; choose a folder\n"
 
 
 def test_a_dry_run_prints_the_plan_and_trains_nothing(config, tmp_path, capsys):

@@ -18,8 +18,8 @@ LEVELS = [
     {"moe.optim", "moe.checkpoint", "moe.plots"},
     {"moe.data.tokens", "moe.memory", "moe.huggingface", "moe.telemetry", "moe.run_folder"},
     {"moe.generation", "moe.engine", "moe.sweep.plan", "moe.sweep.statistics"},
-    {"moe.evaluation", "moe.reporting", "moe.sweep.findings"},
-    {"moe.sweep.plots", "moe.sweep.sentences"},
+    {"moe.evaluation", "moe.reporting", "moe.sweep.findings", "moe.sweep.record"},
+    {"moe.sweep.plots", "moe.sweep.sentences", "moe.sweep.runner"},
     {"moe.sweep.page"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from moe.accounting import count
 from moe.config import ConfigError
 from moe.config_io import dump_config, load_config
-from moe.sweep.findings import analyse, read_cells
+from moe.sweep.findings import analyse, read_runs
 from moe.sweep.page import write_report
 from moe.sweep.sentences import sentences
 
@@ -23,10 +24,18 @@ SHAPES = {  # losses of seeds 0, 1, 2
 COST = {"device_hours": 0.5, "usd": 1.5, "kwh": None, "tco2e": None}
 
 
+def findings_of(folder):
+    return analyse(read_runs(folder)[0])
+
+
+def config_of(settings):
+    return load_config(TINY, ["model.vocab_size=1024", *settings])
+
+
 def write_run(folder, settings, seed, loss, tokens_per_s=1000.0):
     """The files of a finished run, in the format of README.md."""
     folder.mkdir(parents=True)
-    config = load_config(TINY, ["model.vocab_size=1024", *settings, f"run.seed={seed}", f"run.dir={folder}"])
+    config = config_of([*settings, f"run.seed={seed}", f"run.dir='{folder}'"])
     (folder / "config.yaml").write_text(dump_config(config))
     lines = []
     for step in range(100, 1300, 100):
@@ -50,7 +59,7 @@ def sweep(tmp_path):
 
 
 def test_runs_that_differ_in_their_seed_are_a_cell_named_by_what_differs(sweep):
-    cells = read_cells(sweep)
+    ((*cells,),) = [found.cells for found in findings_of(sweep)]
     labels = ["dense,width=512", "dense,width=2048", "num_experts=4", "num_experts=8", "num_experts=16"]
     assert [cell.label for cell in cells] == labels
     assert [sorted(cell.runs) for cell in cells] == [[0, 1, 2]] * 5
@@ -58,7 +67,7 @@ def test_runs_that_differ_in_their_seed_are_a_cell_named_by_what_differs(sweep):
 
 
 def test_differences_are_paired_with_the_dense_cell_of_equal_flops(sweep):
-    (found,) = analyse(read_cells(sweep))
+    (found,) = findings_of(sweep)
     assert found.baseline.label == "dense,width=512"
     # By hand. 8 experts: -0.10 at every seed. 4: -0.05, -0.04, -0.06, standard deviation 0.01. t = 4.302653.
     eight, four = found.differences["num_experts=8"], found.differences["num_experts=4"]
@@ -80,7 +89,7 @@ def test_a_size_between_two_dense_ones_is_found_by_the_law_through_them(tmp_path
         write_run(tmp_path / f"b{seed}", SHAPES["dense,large"][0], seed, 2.8)
         write_run(tmp_path / f"c{seed}", SHAPES["8"][0], seed, halfway)
         write_run(tmp_path / f"d{seed}", SHAPES["16"][0], seed, 2.7)
-    (found,) = analyse(read_cells(tmp_path))
+    (found,) = findings_of(tmp_path)
     assert found.worth["num_experts=8"].mean == pytest.approx((dense * large) ** 0.5, rel=1e-6)
     (sentence,) = (one for one in sentences(found) if one.startswith("Worth a dense model"))
     assert "two sizes, so it has no residual" in sentence
@@ -94,7 +103,7 @@ def test_the_sentences_tell_better_from_worse_and_from_unclear(sweep):
         write_run(sweep / f"bad-{seed}", ["moe.num_experts=32"], seed, loss)
     for seed, loss in enumerate((3.00, 3.20, 2.80)):
         write_run(sweep / f"noisy-{seed}", ["moe.num_experts=2"], seed, loss)
-    (found,) = analyse(read_cells(sweep))
+    (found,) = findings_of(sweep)
     said = list(sentences(found))
 
     def one(beginning):
@@ -104,70 +113,141 @@ def test_the_sentences_tell_better_from_worse_and_from_unclear(sweep):
     better = one("Better than dense,width=512")
     assert all(f"num_experts={experts} by" in better for experts in (4, 8, 16))
     assert "num_experts=8 by -0.1000 [-0.1000, -0.1000]" in better
+    assert re.search(r"width=2048 by -0\.1967 \[.*\] \(with 2\.89 times its FLOPs\)", better)
     assert "num_experts=32 by +0.1000" in one("Worse than dense,width=512")
     assert "num_experts=2 by +0.0000" in one("Not told apart from dense,width=512")
-    assert "num_experts=16 not told apart from num_experts=8" in one("Step by step")
-    assert "num_experts=32 worse than num_experts=16" in one("Step by step")
+    steps = one("Step by step along moe.num_experts")
+    assert "num_experts=16 not told apart from num_experts=8" in steps
+    assert "num_experts=32 worse than num_experts=16" in steps
     assert "num_experts=8 0.80" in one("Tokens per second")
     assert "after 1.23M tokens a run" in one("All this")
+    # By hand: the seeds of 2 experts differ from the dense ones by 0, 0.16, -0.16: t times 0.16 / sqrt(3).
+    assert f"resolves {4.302653 * 0.16 / 3**0.5:.4f} nats" in one("The widest of these intervals")
+    assert "so no law is supported" in one("Loss as a power of total parameters")
 
 
-def test_one_seed_and_no_dense_run_are_said(tmp_path):
+def test_a_planted_power_law_is_found_along_the_experts_of_equal_flops_only(tmp_path):
+    for experts in (1, 2, 4, 8, 16, 32):
+        settings = ["moe.top_k=1", "moe.d_ff_expert=512"] if experts == 1 else []
+        settings = [f"moe.num_experts={experts}", *settings]
+        loss = 20 * count(config_of(settings)).total ** -0.13
+        write_run(tmp_path / f"{experts}", settings, 0, loss)
+    (found,) = findings_of(tmp_path)
+    (curve,) = found.curves
+    assert (curve.key, len(curve.cells)) == ("moe.num_experts", 5)
+    assert curve.law.exponent == pytest.approx((-0.13, -0.13, -0.13))
+    assert max(map(abs, curve.law.residuals)) < 1e-9
+    for experts in (2, 4, 8, 16, 32):  # of other FLOPs each: no law
+        write_run(
+            tmp_path / "wide" / f"{experts}",
+            [
+                f"moe.num_experts={experts}",
+                "moe.top_k=1",
+                "moe.normalize_gate_weights=false",
+                f"moe.d_ff_expert={64 * experts}",
+            ],
+            0,
+            3.0,
+        )
+    (found,) = findings_of(tmp_path)
+    assert [curve.law for curve in found.curves if any("top_k=1" in cell.label for cell in curve.cells)] == [
+        None
+    ]
+
+
+def test_curves_go_along_one_setting_at_a_time(tmp_path):
+    for experts in (4, 8):
+        for k in (2, 4):
+            settings = [f"moe.num_experts={experts}", f"moe.top_k={k}", f"moe.d_ff_expert={512 // k}"]
+            write_run(tmp_path / f"{experts}-{k}", settings, 0, 3.0)
+    (found,) = findings_of(tmp_path)
+    curves = {(curve.key, tuple(cell.label for cell in curve.cells)) for curve in found.curves}
+    assert curves == {
+        ("moe.num_experts", ("num_experts=4,top_k=2", "num_experts=8,top_k=2")),
+        ("moe.num_experts", ("num_experts=4,top_k=4", "num_experts=8,top_k=4")),
+        ("moe.top_k", ("num_experts=4,top_k=2", "num_experts=4,top_k=4")),
+        ("moe.top_k", ("num_experts=8,top_k=2", "num_experts=8,top_k=4")),
+    }
+
+
+def test_one_seed_no_common_seed_and_no_dense_run_are_said(tmp_path):
     write_run(tmp_path / "a", SHAPES["8"][0], 0, 2.9)
-    (found,) = analyse(read_cells(tmp_path))
+    (found,) = findings_of(tmp_path)
     assert list(sentences(found)) == [
         "sparse is compared with nothing: no other run here has its settings outside moe.*."
     ]
-    write_run(tmp_path / "c", SHAPES["16"][0], 0, 2.8)
-    (found,) = analyse(read_cells(tmp_path))
-    beginning = (
-        "Nothing is compared with a dense model: there is no dense run beside num_experts=8; num_experts=16"
-    )
-    assert next(sentences(found)).startswith(beginning)
+    write_run(tmp_path / "c", SHAPES["16"][0], 7, 2.8)
+    (found,) = findings_of(tmp_path)
+    assert next(sentences(found)) == "Nothing is compared with a dense model: there is no dense run."
     write_run(tmp_path / "b", SHAPES["dense"][0], 0, 3.0)
-    (found,) = analyse(read_cells(tmp_path))
-    assert next(sentences(found)).startswith("One seed in common with dense tells no spread")
+    (found,) = findings_of(tmp_path)
+    said = list(sentences(found))
+    assert said[0] == "One seed in common with dense tells no spread; may be chance: num_experts=8."
+    assert said[1] == "No seed in common with dense, so not compared: num_experts=16."
 
 
 def test_runs_of_other_settings_are_not_compared(sweep):
     write_run(sweep / "other", ["moe.num_experts=8", "optim.lr=1e-3"], 0, 2.5)
-    first, second = analyse(read_cells(sweep))
-    assert second.baseline is None or first.baseline is None
-    assert [len(found.cells) for found in (first, second)] == [5, 1]
-    assert "lr=0.001" in second.cells[0].label
+    write_run(sweep / "rounded", ["moe.num_experts=8", "parallel.precision=bf16"], 0, 2.5)
+    write_run(sweep / "shown_oftener", ["moe.num_experts=2", "train.eval_interval=77"], 0, 2.9)
+    sets = findings_of(sweep)
+    assert {found.title: len(found.cells) for found in sets} == {
+        "optim.lr=0.003, parallel.precision=fp32": 6,
+        "optim.lr=0.001, parallel.precision=fp32": 1,
+        "optim.lr=0.003, parallel.precision=bf16": 1,
+    }
     write_report(sweep)
-    page = (sweep / "report.html").read_text()
-    assert page.count("<h2>What it shows</h2>") == 2
-    assert (sweep / "speed_1.png").exists()
-    assert (sweep / "speed_2.png").exists()
+    assert (sweep / "report.html").read_text().count("<h2>What it shows</h2>") == 3
+    assert (sweep / "speed_3.png").exists()
 
 
-def test_the_table_holds_every_cell_and_what_is_unfinished_is_said(sweep):
+def test_cells_of_a_sweep_keep_its_names_and_a_dense_one_is_marked(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "runs" / "num_experts=1" / f"seed-{seed}", SHAPES["dense"][0], seed, 3.0)
+        write_run(tmp_path / "runs" / "anything" / f"seed-{seed}", SHAPES["8"][0], seed, 2.9)
+    (found,) = findings_of(tmp_path)
+    assert [cell.label for cell in found.cells] == ["num_experts=1 (dense)", "anything"]
+
+
+def test_dense_runs_that_differ_in_routing_are_one_cell_and_a_copy_is_left_out(tmp_path):
+    write_run(tmp_path / "a", SHAPES["dense"][0], 0, 3.0)
+    write_run(tmp_path / "b", [*SHAPES["dense"][0], "moe.aux_loss_coef=0.5"], 1, 3.1)
+    write_run(tmp_path / "c", SHAPES["dense"][0], 0, 3.2)
+    (found,) = findings_of(tmp_path)
+    assert [cell.losses for cell in found.cells] == [{0: 3.0, 1: 3.1}]
+    assert write_report(tmp_path)[0] == "Left out, as another run has the same settings and seed: c."
+
+
+def test_the_table_holds_every_cell_and_what_is_unfinished_or_quick_is_said(sweep):
     record = [
         {"cell": "num_experts=64", "seed": 1, "finished": False},
         {"cell": "x", "seed": 0, "finished": True},
     ]
     (sweep / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in record))
+    (sweep / "plan.json").write_text('{"quick": true, "seeds": [], "cells": {}}')
     said = write_report(sweep)
-    assert said[-1] == "Not finished, and so not counted: num_experts=64 seed 1."
-    assert html.escape(said[0]) in (sweep / "report.html").read_text()
+    assert said[0].startswith("A quick sweep")
+    assert said[1] == "Not finished, and so not counted: num_experts=64 seed 1."
+    page = (sweep / "report.html").read_text()
+    assert all(html.escape(one) in page for one in said)
     with (sweep / "results.csv").open() as file:
         rows = {row["cell"]: row for row in csv.DictReader(file)}
     assert len(rows) == 5
     eight = rows["num_experts=8"]
     assert (eight["experts"], eight["top_k"], eight["seeds"]) == ("8", "2", "3")
+    assert eight["baseline"] == "dense,width=512"
     assert float(eight["loss"]) == pytest.approx(2.90)
     assert (float(eight["usd"]), eight["kwh"]) == (4.5, "")
     assert float(eight["flops"]) == 3 * 1228800 * 7_498_752
     assert rows["dense,width=512"]["difference"] == ""
+    assert (sweep / "usd.png").exists()
+    assert not (sweep / "kwh.png").exists()
 
 
-def test_runs_that_cannot_be_told_apart_are_refused(sweep):
-    write_run(sweep / "again", SHAPES["8"][0], 2, 2.9)
-    with pytest.raises(ConfigError, match=r"two runs of num_experts=8 with the same seed"):
-        read_cells(sweep)
+def test_what_is_no_run_is_refused(sweep):
     with pytest.raises(ConfigError, match="holds no finished run"):
-        read_cells(sweep / "dense-0" / "checkpoints")
-    (sweep / "again" / "summary.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not JSON"):
-        read_cells(sweep)
+        read_runs(sweep / "dense-0" / "checkpoints")
+    for summary in ("{", "{}", "[]"):
+        (sweep / "dense-0" / "summary.json").write_text(summary)
+        with pytest.raises(ConfigError, match="but not that of a run"):
+            read_runs(sweep)

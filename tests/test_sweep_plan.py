@@ -139,6 +139,40 @@ def test_the_dense_baselines_are_always_there_and_the_costly_one_only_where_affo
     assert cells["dense,equal_total"].ledger.total == pytest.approx(count(TINY).total, rel=0.01)
     many = load_config(CONFIGS / "tiny.yaml", ["model.vocab_size=1024", "moe.num_experts=64"])
     assert "dense,equal_total" not in by_name(plan(many, {"moe.z_loss_coef": [0.0]}, "active_flops"))
+    beyond = load_config(CONFIGS / "tiny.yaml", ["model.vocab_size=1024", "moe.num_experts=2048"])
+    assert "dense,equal_total" not in by_name(plan(beyond, {"moe.num_experts": [8]}, "active_flops"))
+
+
+def test_granularity_divides_the_experts_of_the_other_settings():
+    cells = by_name(plan(TINY, {"granularity": [1, 2], "moe.num_experts": [8, 16]}, "active_flops"))
+    shapes = {
+        name: (c.config.moe.num_experts, c.config.moe.top_k, c.config.moe.d_ff_expert)
+        for name, c in cells.items()
+        if not c.is_dense
+    }
+    assert shapes == {
+        "granularity=1,num_experts=8": (8, 2, 256),
+        "granularity=1,num_experts=16": (16, 2, 256),
+        "granularity=2,num_experts=8": (16, 4, 128),
+        "granularity=2,num_experts=16": (32, 4, 128),
+    }
+
+
+def test_one_expert_has_no_routing_to_vary():
+    cells = plan(TINY, {"moe.num_experts": [1, 8], "moe.capacity_factor": [None, 1.5]}, "active_flops")
+    assert [cell.name for cell in cells if cell.is_dense and not cell.name.startswith("dense")] == [
+        "num_experts=1,capacity_factor=null"
+    ]
+
+
+def test_a_reference_with_split_experts_has_dense_baselines_too():
+    split = load_config(
+        CONFIGS / "tiny.yaml", ["model.vocab_size=1024", "parallel.ep_size=4", "train.micro_batch_size=2"]
+    )
+    cells = by_name(plan(split, {"moe.num_experts": [8, 16]}, "active_flops"))
+    assert cells["num_experts=16"].config.parallel.ep_size == 4
+    assert cells["dense,equal_active"].config.parallel.ep_size == 1
+    assert by_name(plan(split, {"moe.num_experts": [8]}, "memory"))["num_experts=8"].mismatch == 0
 
 
 def test_two_settings_make_every_combination():
@@ -150,8 +184,10 @@ def test_two_settings_make_every_combination():
     ("vary", "hold", "complaint"),
     [
         ({"moe.d_ff_expert": [64]}, "active_flops", "--hold: active_flops is held by the width"),
-        ({"moe.colour": [1]}, "active_flops", "--vary: moe.colour is not granularity or a key of moe"),
-        ({"optim.lr": [1e-3]}, "none", "--vary: optim.lr is not granularity or a key of moe"),
+        ({"moe.colour": [1]}, "active_flops", "--vary: 'moe.colour' is not granularity or a key of moe"),
+        ({"optim.lr": [1e-3]}, "none", "--vary: 'optim.lr' is not granularity or a key of moe"),
+        ({"granularity": [0]}, "active_flops", "granularity: should be a whole number above 0, got 0"),
+        ({"granularity": [True]}, "active_flops", "granularity: should be a whole number above 0, got true"),
         ({"granularity": [3]}, "active_flops", "granularity: 3 does not divide"),
         ({"moe.top_k": [99]}, "active_flops", "moe.top_k: 99 is more than"),
         ({"granularity": [8]}, "active_flops", "--hold: granularity=8 misses active_flops by"),

@@ -77,3 +77,11 @@ def test_a_planted_equivalent_size_is_recovered_seed_by_seed():
 def test_dense_runs_that_do_not_improve_with_size_tell_no_equivalent():
     assert equivalent_size({0: 3.0}, {1e6: {0: 3.0}, 2e6: {0: 3.1}}) is None
     assert equivalent_size({0: 3.0}, {1e6: {0: 3.2}}) is None
+    assert equivalent_size({0: 3.0}, {}) is None
+    # One of two seeds does not improve: the other one alone would be a choice by its outcome.
+    assert equivalent_size({0: 3.0, 1: 3.0}, {1e6: {0: 3.2, 1: 3.1}, 2e6: {0: 2.9, 1: 3.15}}) is None
+
+
+def test_only_seeds_that_every_dense_size_has_count():
+    dense = {1e6: {0: 3.2, 1: 9.9}, 4e6: {0: 2.8}}
+    assert equivalent_size({0: (3.2 * 2.8) ** 0.5, 1: 3.0}, dense) == (pytest.approx(2e6), None, None)

@@ -1,12 +1,13 @@
-"""What a set of finished runs shows: figures by cell, and sentences that they support.
+"""What a set of finished runs shows: cells, differences, fits, and the rows of results.csv.
 
 Runs that differ in their seed only are one cell. Cells that differ in settings of the experts only are
 compared with each other; their baseline is the dense cell whose FLOPs are nearest to the sparse ones'.
 """
 
 import json
+import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 from moe.accounting import Ledger, count
 from moe.config import Config, ConfigError
 from moe.config_io import flat_config, load_config
-from moe.run_folder import RunFolder
-from moe.sweep.plan import TOLERANCE
+from moe.run_folder import RunFolder, sets_results
+from moe.sweep.plan import DENSE_KEYS, TOLERANCE, spelled
 from moe.sweep.statistics import (
     Interval,
     PowerLaw,
@@ -26,7 +27,9 @@ from moe.sweep.statistics import (
 )
 from moe.telemetry import read_metrics
 
-_SAME_EXPERIMENT = ("run.", "log.", "cost.", "parallel.", "train.micro_batch_size", "data.cache_dir")
+_WIDTH = "moe.d_ff_expert"
+_EXPERTS = "moe.num_experts"
+_APART = 2  # times the total parameters, at least, between the ends of a power law in them
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ class CellResult:
         return {seed: run.loss for seed, run in self.runs.items()}
 
     @property
+    def flops(self) -> int:
+        """Forward, per token."""
+        return self.ledger.flops_per_token_forward
+
+    @property
     def mean_loss(self) -> float:
         """Over its seeds."""
         return statistics.mean(self.losses.values())
@@ -82,6 +90,11 @@ class CellResult:
     def tokens_per_s(self) -> float:
         """Median over its seeds."""
         return statistics.median(run.summary["tokens_per_s"] for run in self.runs.values())
+
+    def cost(self, key: str) -> float | None:
+        """Sum over its seeds of a figure of `cost` in their summaries; None where one does not know it."""
+        values = [run.summary.get("cost", {}).get(key) for run in self.runs.values()]
+        return None if None in values else sum(values)
 
     def mean(self, key: str) -> float | None:
         """Mean of a logged figure over the last tenth of its log and over seeds; None where there is none."""
@@ -92,68 +105,20 @@ class CellResult:
         return statistics.mean(values) if values else None
 
 
-def read_cells(root: Path) -> list[CellResult]:
-    """Every finished run below a folder, as cells: dense ones first, then by total parameters.
+@dataclass(frozen=True)
+class Curve:
+    """Sparse cells that differ in one setting only, but for the width that holds a quantity.
 
-    Raises:
-        ConfigError: there is none, or two runs of a cell have the same seed.
+    Attributes:
+        key: the setting; empty where no two cells differ in a single one.
+        cells: in the order of its values.
+        law: for numbers of experts: loss as a power of total parameters, over cells of equal FLOPs, with the
+            baseline; None below 3 totals or where the largest is less than twice the smallest.
     """
-    runs = [_read_run(path.parent) for path in sorted(root.rglob("summary.json"))]
-    if not runs:
-        raise ConfigError("DIR", f"{root} holds no finished run (no summary.json); train some first")
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(_settings(run.config), []).append(run)
-    cells = []
-    for label, group in zip(_labels([group[0] for group in groups.values()]), groups.values(), strict=True):
-        by_seed = {run.config.run.seed: run for run in group}
-        if len(by_seed) < len(group):
-            raise ConfigError("DIR", f"{root} holds two runs of {label} with the same seed; remove one")
-        cells.append(CellResult(label, by_seed, count(group[0].config)))
-    return sorted(cells, key=lambda cell: (not cell.is_dense, cell.ledger.total, cell.label))
 
-
-def _read_run(path: Path) -> Run:
-    folder = RunFolder(path)
-    try:
-        summary = json.loads(folder.summary.read_text())
-    except ValueError:
-        raise ConfigError("DIR", f"{folder.summary} is not JSON; run that training again") from None
-    return Run(path, load_config(folder.config), summary, read_metrics(folder.metrics))
-
-
-def _settings(config: Config, without: str = "\0") -> str:
-    """All that makes the experiment, but for keys of one beginning."""
-    return json.dumps(
-        {k: v for k, v in flat_config(config).items() if not k.startswith((*_SAME_EXPERIMENT, without))},
-        sort_keys=True,
-        default=str,
-    )
-
-
-def _labels(runs: Sequence[Run]) -> list[str]:
-    """What differs among the sparse ones, and among the dense ones; the experts' width only where needed."""
-    labels = {}
-    for is_dense in (False, True):
-        some = [
-            (i, flat_config(run.config)) for i, run in enumerate(runs) if run.config.moe.is_dense == is_dense
-        ]
-        keys = [
-            key
-            for key in (some[0][1] if some else ())
-            if not key.startswith(_SAME_EXPERIMENT) and len({str(settings[key]) for _, settings in some}) > 1
-        ]
-        for keep in ([key for key in keys if key != "moe.d_ff_expert"], keys):
-            named = {
-                i: ",".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in keep)
-                for i, settings in some
-            }
-            if len(set(named.values())) == len(named):
-                break
-        for i, name in named.items():
-            kind = ["dense"] if is_dense else [] if name else ["sparse"]
-            labels[i] = ",".join([*kind, *([name] if name else [])]).replace("d_ff_expert", "width")
-    return [labels[i] for i in range(len(runs))]
+    key: str
+    cells: Sequence[CellResult]
+    law: PowerLaw | None
 
 
 @dataclass(frozen=True)
@@ -161,35 +126,150 @@ class Findings:
     """What cells that differ in settings of the experts only show together.
 
     Attributes:
-        cells: all of them.
+        title: the settings that set them apart from other such sets; empty where there is one.
+        cells: all of them, dense ones first, then by total parameters.
         baseline: the dense one of nearest FLOPs; None where there is no dense cell.
-        differences: loss of each other cell minus the baseline's, paired by seed, by label.
+        differences: loss of each other cell minus the baseline's, paired by seed, by label; cells without a
+            seed in common are left out.
         worth: active parameters (without the input embedding) of the dense model of the same loss, by label
             of each sparse cell.
         dense_law: loss as a power of those parameters over the dense cells; None below 2.
-        law: loss as a power of total parameters over cells of equal active FLOPs; None below 3 totals.
+        curves: along each varied setting.
     """
 
-    cells: list[CellResult]
+    title: str
+    cells: Sequence[CellResult]
     baseline: CellResult | None
-    differences: dict[str, Interval]
-    worth: dict[str, Interval]
+    differences: Mapping[str, Interval]
+    worth: Mapping[str, Interval]
     dense_law: PowerLaw | None
-    law: PowerLaw | None
+    curves: Sequence[Curve]
+
+    @property
+    def sparse(self) -> list[CellResult]:
+        """Cells with a router."""
+        return [cell for cell in self.cells if not cell.is_dense]
+
+    @property
+    def dense(self) -> list[CellResult]:
+        """Cells without one."""
+        return [cell for cell in self.cells if cell.is_dense]
 
 
-def analyse(cells: Sequence[CellResult]) -> list[Findings]:
-    """Compare cells that differ in settings of the experts only; one finding per set of such cells."""
-    groups: dict[str, list[CellResult]] = {}
-    for cell in cells:
-        groups.setdefault(_settings(cell.config, "moe."), []).append(cell)
-    return [_compare(group) for group in groups.values()]
+def read_runs(root: Path) -> tuple[list[Run], list[Path]]:
+    """Every finished run below a folder; and folders left out, of the same settings and seed as another.
+
+    Raises:
+        ConfigError: there is none, or one that train.py did not write.
+    """
+    runs: dict[tuple[str, int], Run] = {}
+    left_out = []
+    for path in sorted(root.rglob("summary.json")):
+        run = _read_run(path.parent)
+        key = json.dumps(_settings(run.config)), run.config.run.seed
+        if key in runs:
+            left_out.append(path.parent)
+        runs.setdefault(key, run)
+    if not runs:
+        raise ConfigError("DIR", f"{root} holds no finished run (no summary.json); train some first")
+    return list(runs.values()), left_out
 
 
-def _compare(cells: list[CellResult]) -> Findings:
+def _read_run(path: Path) -> Run:
+    folder = RunFolder(path)
+    try:
+        summary, metrics = json.loads(folder.summary.read_text()), read_metrics(folder.metrics)
+    except (OSError, ValueError):
+        summary, metrics = None, []
+    needed = {"final_eval_loss", "final_bits_per_byte", "tokens", "tokens_per_s"}
+    if not isinstance(summary, dict) or not needed <= summary.keys() or not metrics:
+        raise ConfigError("DIR", f"{path} holds a summary.json, but not that of a run; remove it")
+    return Run(path, load_config(folder.config), summary, metrics)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """All that sets the results, but for the seed; a dense model has no routing."""
+    return {
+        key: value
+        for key, value in flat_config(config).items()
+        if sets_results(key)
+        and not key.startswith("run.")
+        and (not config.moe.is_dense or not key.startswith("moe.") or key in DENSE_KEYS)
+    }
+
+
+def analyse(runs: Sequence[Run]) -> list[Findings]:
+    """Compare runs that differ in seeds and settings of the experts only; a finding per set of such runs."""
+    sets = _grouped(runs, lambda key: not key.startswith("moe."))
+    apart = _differing([some[0] for some in sets])
+    found = []
+    for some in sets:
+        groups = _grouped(some, lambda _: True)
+        cells = [
+            CellResult(label, {run.config.run.seed: run for run in group}, count(group[0].config))
+            for label, group in zip(_labels(groups), groups, strict=True)
+        ]
+        cells.sort(key=lambda cell: (not cell.is_dense, cell.ledger.total, cell.label))
+        settings = flat_config(some[0].config)
+        title = ", ".join(f"{key}={spelled(settings[key])}" for key in apart if not key.startswith("moe."))
+        found.append(_compare(title, cells))
+    return found
+
+
+def _grouped(runs: Sequence[Run], counts: Callable[[str], bool]) -> list[list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {key: value for key, value in _settings(run.config).items() if counts(key)}
+        groups.setdefault(json.dumps(settings), []).append(run)
+    return list(groups.values())
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """Settings that these runs do not share."""
+    settings = [_settings(run.config) for run in runs]
+    return [key for key in settings[0] if len({spelled(some.get(key)) for some in settings}) > 1]
+
+
+def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """Names of cells: of their folders, where these are a sweep's; else what differs."""
+    folders = [{run.folder.parent.name for run in group} for group in groups]
+    by_sweep = all(re.fullmatch(r"seed-\d+", run.folder.name) for group in groups for run in group)
+    names = [min(some) for some in folders]
+    if by_sweep and all(len(some) == 1 for some in folders) and len(set(names)) == len(names):
+        dense = [
+            group[0].config.moe.is_dense and not name.startswith("dense")
+            for name, group in zip(names, groups, strict=True)
+        ]
+        return [f"{name} (dense)" if is_dense else name for name, is_dense in zip(names, dense, strict=True)]
+    labels: dict[int, str] = {}
+    for is_dense in (False, True):
+        first = {i: group[0] for i, group in enumerate(groups) if group[0].config.moe.is_dense == is_dense}
+        keys = _differing(list(first.values())) if first else []
+        for wanted in ([key for key in keys if key != _WIDTH], keys):  # the width only where it is needed
+            names = [
+                ",".join(
+                    [
+                        *(["dense"] if is_dense else []),
+                        *(
+                            f"{key.rpartition('.')[2]}={spelled(flat_config(run.config)[key])}"
+                            for key in wanted
+                        ),
+                    ]
+                )
+                for run in first.values()
+            ]
+            if len(set(names)) == len(names):
+                break
+        labels |= {
+            i: name.replace("d_ff_expert", "width") or "sparse" for i, name in zip(first, names, strict=True)
+        }
+    return [labels[i] for i in range(len(groups))]
+
+
+def _compare(title: str, cells: list[CellResult]) -> Findings:
     sparse, dense = [c for c in cells if not c.is_dense], [c for c in cells if c.is_dense]
-    flops = statistics.median_low([cell.ledger.flops_per_token_forward for cell in sparse or dense])
-    baseline = min(dense, key=lambda cell: abs(cell.ledger.flops_per_token_forward - flops), default=None)
+    flops = statistics.median_low([cell.flops for cell in sparse or dense])
+    baseline = min(dense, key=lambda cell: abs(cell.flops - flops), default=None)
     differences = {
         cell.label: paired_difference(cell.losses, baseline.losses)
         for cell in cells
@@ -197,57 +277,70 @@ def _compare(cells: list[CellResult]) -> Findings:
     }
     sizes = {cell.ledger.active_no_input_emb: cell.losses for cell in dense}
     worth = {c.label: size for c in sparse if (size := equivalent_size(c.losses, sizes)) is not None}
-    equal = [cell for cell in cells if abs(cell.ledger.flops_per_token_forward / flops - 1) <= TOLERANCE]
-    return Findings(
-        cells,
-        baseline,
-        differences,
-        worth,
-        _law({cell: cell.ledger.active_no_input_emb for cell in dense}, 2),
-        _law({cell: cell.ledger.total for cell in equal}, 3),
-    )
+    law = None
+    if len(sizes) > 1:
+        law = fit_power_law(list(sizes), [cell.mean_loss for cell in dense])
+    return Findings(title, cells, baseline, differences, worth, law, _curves(sparse, baseline))
 
 
-def _law(sizes: Mapping[CellResult, int], fewest: int) -> PowerLaw | None:
-    if len(set(sizes.values())) < fewest:
+def _curves(sparse: Sequence[CellResult], baseline: CellResult | None) -> list[Curve]:
+    settings = {cell: flat_config(cell.config) for cell in sparse}
+    varied = _differing([next(iter(cell.runs.values())) for cell in sparse]) if sparse else []
+    varied = [key for key in varied if key != _WIDTH] or varied
+    curves = []
+    for key in varied:
+        groups: dict[str, list[CellResult]] = {}
+        for cell in sparse:
+            others = [settings[cell][other] for other in varied if other != key]
+            groups.setdefault(json.dumps(others), []).append(cell)
+        for cells in groups.values():
+            if len(cells) > 1:
+                cells.sort(key=lambda cell, key=key: (settings[cell][key] is None, settings[cell][key]))
+                law = _law([*([baseline] if baseline else []), *cells]) if key == _EXPERTS else None
+                curves.append(Curve(key, cells, law))
+    if not curves and len(sparse) > 1:
+        curves.append(Curve("", sorted(sparse, key=lambda cell: cell.config.moe.num_experts), None))
+    return curves
+
+
+def _law(cells: Sequence[CellResult]) -> PowerLaw | None:
+    """Loss against total parameters, where active FLOPs are equal and there is something to fit."""
+    totals, flops = [cell.ledger.total for cell in cells], [cell.flops for cell in cells]
+    if max(flops) > (1 + TOLERANCE) ** 2 * min(flops):
         return None
-    return fit_power_law(list(sizes.values()), [cell.mean_loss for cell in sizes])
-
-
-COLUMNS: tuple[str, ...] = (
-    "cell", "experts", "top_k", "d_ff_expert", "seeds", "params_total", "params_active", "flops_per_token",
-    "loss", "loss_low", "loss_high", "bits_per_byte", "difference", "difference_low", "difference_high",
-    "equivalent_dense_params", "equivalent_dense_params_low", "equivalent_dense_params_high",
-    "tokens_per_s", "load_imbalance", "dead_experts", "router_entropy", "dropped_fraction",
-    "flops", "device_hours", "usd", "kwh", "tco2e",
-)  # fmt: skip
-_NONE = (None, None, None)
+    if len(set(totals)) < 3 or max(totals) < _APART * min(totals):
+        return None
+    return fit_power_law(totals, [cell.mean_loss for cell in cells])
 
 
 def rows(findings: Findings) -> Iterator[dict[str, Any]]:
     """A row of `results.csv` per cell; FLOPs and cost are summed over its seeds."""
     for cell in findings.cells:
+        moe, ledger = cell.config.moe, cell.ledger
         summaries = [run.summary for run in cell.runs.values()]
-        costs = [[summary.get("cost", {}).get(key) for summary in summaries] for key in COLUMNS[-4:]]
-        values = (
-            cell.label,
-            cell.config.moe.num_experts,
-            cell.config.moe.top_k,
-            cell.config.moe.d_ff_expert,
-            len(cell.runs),
-            cell.ledger.total,
-            cell.ledger.active_all,
-            cell.ledger.flops_per_token_train,
-            *mean_interval(list(cell.losses.values())),
-            statistics.mean(summary["final_bits_per_byte"] for summary in summaries),
-            *findings.differences.get(cell.label, _NONE),
-            *findings.worth.get(cell.label, _NONE),
-            cell.tokens_per_s,
-            cell.mean("moe/load_imbalance"),
-            cell.mean("moe/dead_experts"),
-            cell.mean("moe/router_entropy"),
-            cell.mean("moe/dropped_fraction"),
-            sum(summary["tokens"] for summary in summaries) * cell.ledger.flops_per_token_train,
-            *(None if None in some else sum(some) for some in costs),
-        )
-        yield dict(zip(COLUMNS, values, strict=True))
+        row = {
+            "set": findings.title,
+            "cell": cell.label,
+            "experts": moe.num_experts,
+            "top_k": moe.top_k,
+            "d_ff_expert": moe.d_ff_expert,
+            "seeds": len(cell.runs),
+            "params_total": ledger.total,
+            "params_active": ledger.active_all,
+            "flops_per_token": ledger.flops_per_token_train,
+            **_bounds("loss", mean_interval(list(cell.losses.values()))),
+            "bits_per_byte": statistics.mean(summary["final_bits_per_byte"] for summary in summaries),
+            "baseline": None if findings.baseline is None else findings.baseline.label,
+            **_bounds("difference", findings.differences.get(cell.label)),
+            **_bounds("equivalent_dense_params", findings.worth.get(cell.label)),
+            "tokens_per_s": cell.tokens_per_s,
+        }
+        for key in ("load_imbalance", "dead_experts", "router_entropy", "dropped_fraction"):
+            row[key] = cell.mean(f"moe/{key}")
+        row["flops"] = sum(summary["tokens"] for summary in summaries) * ledger.flops_per_token_train
+        yield row | {key: cell.cost(key) for key in ("device_hours", "usd", "kwh", "tco2e")}
+
+
+def _bounds(name: str, value: Interval | None) -> dict[str, float | None]:
+    mean, low, high = value or (None, None, None)
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}

@@ -2,14 +2,15 @@
 
 import csv
 import html
-import json
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe.sweep.findings import COLUMNS, Findings, analyse, read_cells, rows
+from moe.config import ConfigError
+from moe.sweep.findings import Findings, analyse, read_runs, rows
 from moe.sweep.plots import draw
+from moe.sweep.record import SweepFolder
 from moe.sweep.sentences import sentences
 from moe.tables import plain, short
 
@@ -54,41 +55,48 @@ _EFFORT = {
 
 
 def write_report(root: Path) -> list[str]:
-    """Report every finished run below a folder, into that folder; the sentences of the report.
+    """Report every finished run below a folder, into that folder; what the report says.
 
     Raises:
         ConfigError: there is none, or the folder cannot be written.
     """
-    groups = analyse(read_cells(root))
-    said, table, sections = [], [], []
-    for number, findings in enumerate(groups, 1):
-        suffix = f"_{number}" if len(groups) > 1 else ""
-        some, sentence = list(rows(findings)), list(sentences(findings))
-        sections.append(_section(findings, some, sentence, draw(findings, root, suffix)))
-        table += some
-        said += sentence
-    if unfinished := _unfinished(root / "results.jsonl"):
-        said.append(f"Not finished, and so not counted: {'; '.join(unfinished)}.")
-        sections.append(f"<p>{html.escape(said[-1])}</p>\n")
-    with (root / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(table)
-    title = html.escape(root.resolve().name)
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n"
-        + "<hr>\n".join(sections)
-        + "</body></html>\n"
-    )
-    (root / "report.html").write_text(page, encoding="utf-8")
-    return said
-
-
-def _unfinished(record: Path) -> list[str]:
-    lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    return [f"{line['cell']} seed {line['seed']}" for line in lines if not line["finished"]]
+    runs, left_out = read_runs(root)
+    sets, record = analyse(runs), SweepFolder(root)
+    notes, said, table, sections = [], [], [], []
+    if record.is_quick():
+        notes.append(
+            "A quick sweep, of models far from converged: neither the size of the differences nor the order "
+            "of close cells carries over to the whole training."
+        )
+    if unfinished := record.unfinished():
+        notes.append(f"Not finished, and so not counted: {'; '.join(unfinished)}.")
+    if left_out:
+        places = "; ".join(str(path.relative_to(root)) for path in left_out)
+        notes.append(f"Left out, as another run has the same settings and seed: {places}.")
+    try:
+        for number, findings in enumerate(sets, 1):
+            some, sentence = list(rows(findings)), list(sentences(findings))
+            pictures = draw(findings, root, f"_{number}" if len(sets) > 1 else "")
+            sections.append(_section(findings, some, sentence, pictures))
+            table += some
+            said += sentence
+        with (root / "results.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, table[0])
+            writer.writeheader()
+            writer.writerows(table)
+        title = html.escape(root.resolve().name)
+        page = (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{title}</title><style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n"
+            + "".join(f"<p><strong>{html.escape(note)}</strong></p>\n" for note in notes)
+            + "<hr>\n".join(sections)
+            + "</body></html>\n"
+        )
+        (root / "report.html").write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("DIR", f"the report cannot be written to {root} ({error.strerror})") from None
+    return notes + said
 
 
 def _section(
@@ -96,7 +104,8 @@ def _section(
 ) -> str:
     figures = "".join(
         f'<figure><div class="scroll"><img alt="{html.escape(caption)}" src="data:image/png;base64,'
-        f'{b64encode(path.read_bytes()).decode()}"></div><figcaption>{html.escape(caption)}</figcaption></figure>\n'
+        f'{b64encode(path.read_bytes()).decode()}"></div><figcaption>{html.escape(caption)}</figcaption>'
+        "</figure>\n"
         for path, caption in pictures
     )
     return (
@@ -115,8 +124,9 @@ def _opening(findings: Findings) -> str:
     cells = findings.cells
     run = next(iter(cells[0].runs.values()))
     seeds = sorted({seed for cell in cells for seed in cell.runs})
+    settings = f"{findings.title}: " if findings.title else ""
     return (
-        f"{sum(len(cell.runs) for cell in cells)} runs of {len(cells)} cells, "
+        f"{settings}{sum(len(cell.runs) for cell in cells)} runs of {len(cells)} cells, "
         f"seeds {', '.join(map(str, seeds))}, {short(run.summary['tokens'])} tokens each of "
         f"{run.config.data.source}. Runs of one seed share their batches, their evaluation, and all "
         "initial weights outside experts and routers."

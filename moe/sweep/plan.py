@@ -5,6 +5,7 @@ evaluation batches, and all initial weights outside experts and routers, because
 on names only.
 """
 
+import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +22,19 @@ GRANULARITY = "granularity"  # g: E and k times g, width over g (Dai et al. 2024
 TOLERANCE = 0.01
 WIDTH_STEP, WIDEST = 8, 2**14  # WIDEST in steps
 AFFORDABLE = 4  # times the reference's FLOPs, for the dense baseline of equal total parameters
-_DENSE: Mapping[str, Any] = {"moe.num_experts": 1, "moe.top_k": 1, "moe.num_shared_experts": 0}
-_BASELINES: Sequence[tuple[str, Hold, float]] = (
-    ("equal_active", "active_flops", 1.0),
-    ("double_active", "active_flops", 2.0),
-    ("equal_total", "total_params", 1.0),
-)
-_MEASURES: Mapping[str, Callable[[Config], float]] = {
-    "active_flops": lambda config: count(config).flops_per_token_forward,
-    "total_params": lambda config: count(config).total,
-    "memory": lambda config: estimate_memory(config, 1, "cpu").peak,
+# What a model without a router has of the section moe.
+DENSE_KEYS = ("moe.num_experts", "moe.d_ff_expert", "moe.every_n_layers", "moe.first_dense_layers")
+_DENSE: dict[str, Any] = {
+    "moe.num_experts": 1,
+    "moe.top_k": 1,
+    "moe.num_shared_experts": 0,
+    "parallel.ep_size": 1,
 }
+_BASELINES: Sequence[tuple[str, Hold, float]] = (
+    ("dense,equal_active", "active_flops", 1.0),
+    ("dense,double_active", "active_flops", 2.0),
+    ("dense,equal_total", "total_params", 1.0),
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Cell:
     is_dense: bool
 
 
-def plan(config: Config, vary: Mapping[str, Sequence[Any]], hold: Hold) -> list[Cell]:
+def plan(config: Config, vary: Mapping[str, Sequence[Any]], hold: Hold, device: str = "cpu") -> list[Cell]:
     """Every combination of the varied settings, and the dense baselines, solved for what they should equal.
 
     The baselines have the reference's active FLOPs, twice those, and its total parameters (where affordable).
@@ -64,6 +67,7 @@ def plan(config: Config, vary: Mapping[str, Sequence[Any]], hold: Hold) -> list[
         config: the reference, sparse, with `model.vocab_size` resolved; the held quantity is its own.
         vary: keys of the section `moe`, or `granularity`, and their values.
         hold: what stays equal.
+        device: `cpu` or `cuda`, whose memory is held.
 
     Raises:
         ConfigError: a setting is impossible, or no width holds the quantity within `TOLERANCE`.
@@ -72,33 +76,49 @@ def plan(config: Config, vary: Mapping[str, Sequence[Any]], hold: Hold) -> list[
         section, _, name = key.partition(".")
         if key != GRANULARITY and (section != "moe" or name not in type(config.moe).model_fields):
             raise ConfigError(
-                "--vary", f"{key} is not granularity or a key of moe.*; other settings need a sweep per value"
+                "--vary", f"{key!r} is not granularity or a key of moe; other settings need a sweep per value"
             )
     if hold != "none" and "moe.d_ff_expert" in vary:
         raise ConfigError("--hold", f"{hold} is held by the width of the experts; use --hold none to vary it")
-    variants: list[tuple[str, Mapping[str, Any], Config, Hold, float]] = []
+    measures: Mapping[Hold, Callable[[Config], float]] = {
+        "active_flops": lambda some: count(some).flops_per_token_forward,
+        "total_params": lambda some: count(some).total,
+        "memory": lambda some: estimate_memory(some, config.parallel.ep_size, device).peak,
+    }
+    cells: dict[str, Cell] = {}
+
+    def add(name: str, settings: Mapping[str, Any], variant: Config, held: Hold, times: float) -> None:
+        solved, mismatch = variant, 0.0
+        if held != "none":
+            solved, mismatch = _solve(variant, measures[held], times * measures[held](config))
+        cell = Cell(name, settings, solved, count(solved), mismatch, solved.moe.is_dense)
+        flops = cell.ledger.flops_per_token_forward
+        if name == "dense,equal_total" and flops > AFFORDABLE * count(config).flops_per_token_forward:
+            return
+        if abs(mismatch) > TOLERANCE:
+            raise ConfigError(
+                "--hold",
+                f"{name} misses {held} by {mismatch:+.1%} with experts {solved.moe.d_ff_expert} wide "
+                f"(multiples of {WIDTH_STEP}); use wider experts in the reference or fewer of them per token",
+            )
+        cells.setdefault(solved.model_dump_json(), cell)  # one expert may be a dense baseline already
+
     for values in product(*vary.values()):
         settings = dict(zip(vary, values, strict=True))
-        name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
-        variants.append((name, settings, _apply(config, settings), hold, 1.0))
-    dense = _with(config, _DENSE)
-    variants.extend((f"dense,{name}", _DENSE, dense, held, times) for name, held, times in _BASELINES)
-    limit = AFFORDABLE * count(config).flops_per_token_forward
-    cells: dict[str, Cell] = {}
-    for name, settings, variant, held, times in variants:
-        solved, mismatch = _solve(name, variant, held, config, times)
-        cell = Cell(name, settings, solved, count(solved), mismatch, solved.moe.is_dense)
-        if name != "dense,equal_total" or cell.ledger.flops_per_token_forward <= limit:
-            cells.setdefault(solved.model_dump_json(), cell)  # one expert may be a dense baseline already
+        name = ",".join(f"{key.rpartition('.')[2]}={spelled(value)}" for key, value in settings.items())
+        add(name, settings, _apply(config, settings), hold, 1.0)
+    for name, held, times in _BASELINES:
+        add(name, _DENSE, _with(config, _DENSE), held, times)
     return list(cells.values())
 
 
-def _solve(name: str, variant: Config, hold: Hold, reference: Config, times: float) -> tuple[Config, float]:
-    """The variant with the expert width that brings what is held nearest to so many times the reference's."""
-    if hold == "none":
-        return variant, 0.0
-    measure = _MEASURES[hold]
-    target = times * measure(reference)
+def spelled(value: Any) -> str:
+    """A value as in YAML."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _solve(variant: Config, measure: Callable[[Config], float], target: float) -> tuple[Config, float]:
+    """The variant with the expert width that brings a measure nearest to a target, and how far it is off."""
 
     def at(steps: int) -> Config:
         return _with(variant, {"moe.d_ff_expert": steps * WIDTH_STEP})
@@ -106,35 +126,29 @@ def _solve(name: str, variant: Config, hold: Hold, reference: Config, times: flo
     below = bisect_right(range(1, WIDEST), target, key=lambda steps: measure(at(steps)))
     candidates = (at(below + 1), at(max(below, 1)))  # the wider one where both miss by as much
     nearest = min(candidates, key=lambda config: abs(measure(config) - target))
-    mismatch = measure(nearest) / target - 1
-    if abs(mismatch) > TOLERANCE:
-        raise ConfigError(
-            "--hold",
-            f"{name} misses {hold} by {mismatch:+.1%} with experts {nearest.moe.d_ff_expert} wide (multiples "
-            f"of {WIDTH_STEP}); use wider experts in the reference or fewer of them per token",
-        )
-    return nearest, mismatch
+    return nearest, measure(nearest) / target - 1
 
 
 def _apply(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The configuration with its settings; one expert means one per token."""
+    """The configuration with its settings; one expert means the dense model, which has no routing to vary."""
     changes = {key: value for key, value in settings.items() if key != GRANULARITY}
-    factor = settings.get(GRANULARITY, 1)
-    if factor != 1:
-        moe = config.moe
-        if moe.d_ff_expert % (factor * WIDTH_STEP):
-            raise ConfigError(
-                GRANULARITY,
-                f"{factor} does not divide moe.d_ff_expert ({moe.d_ff_expert}) into multiples of 8",
-            )
-        changes |= {
-            "moe.num_experts": moe.num_experts * factor,
-            "moe.top_k": moe.top_k * factor,
-            "moe.d_ff_expert": moe.d_ff_expert // factor,
-        }
-    if changes.get("moe.num_experts") == 1:
-        changes |= _DENSE
-    return _with(config, changes)
+    experts = changes.get("moe.num_experts")
+    if type(experts) is int and experts == 1:
+        return _with(config, {k: v for k, v in changes.items() if k in DENSE_KEYS} | _DENSE)
+    varied = _with(config, changes)
+    factor, moe = settings.get(GRANULARITY, 1), varied.moe
+    if type(factor) is not int or factor < 1:
+        raise ConfigError(GRANULARITY, f"should be a whole number above 0, got {spelled(factor)}")
+    if moe.d_ff_expert % (factor * WIDTH_STEP):
+        raise ConfigError(
+            GRANULARITY, f"{factor} does not divide moe.d_ff_expert ({moe.d_ff_expert}) into multiples of 8"
+        )
+    finer = {
+        "moe.num_experts": moe.num_experts * factor,
+        "moe.top_k": moe.top_k * factor,
+        "moe.d_ff_expert": moe.d_ff_expert // factor,
+    }
+    return _with(varied, finer) if factor > 1 else varied
 
 
 def _with(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -1,12 +1,10 @@
 """Pictures of a sweep; every one has its units, and is read without colour as well."""
 
-import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -17,16 +15,30 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from moe.sweep.findings import CellResult, Findings, Run
+from moe.sweep.plan import TOLERANCE
 
 _MARKERS, _LINES = "osD^vP*X", ("-", "--", "-.", ":")
 _INK, _SPARSE, _DENSE = "#222222", "#7f9fca", "#dddddd"
 _LOSS = "validation loss (nats per token)"
 _HEALTH = {
-    "moe/load_imbalance": "Load of the busiest expert over the mean",
-    "moe/router_entropy": "Entropy of the router (nats)",
-    "moe/dead_experts": "Experts without a token, summed over layers",
-    "moe/dropped_fraction": "Assignments dropped by capacity (fraction)",
+    "load_imbalance": "Load of the busiest expert over the mean",
+    "router_entropy": "Entropy of the router (nats)",
+    "dead_experts": "Experts without a token, summed over layers",
+    "dropped_fraction": "Assignments dropped by capacity (fraction)",
 }
+_COST = {
+    "device_hours": "Device hours, all seeds",
+    "usd": "Price of all seeds (USD)",
+    "kwh": "Energy of all seeds (kWh)",
+    "tco2e": "Emissions of all seeds (t CO2e)",
+}
+
+
+class _Picture(NamedTuple):
+    name: str
+    title: str
+    caption: str
+    fill: Callable[[Axes], None]
 
 
 def draw(findings: Findings, folder: Path, suffix: str) -> list[tuple[Path, str]]:
@@ -40,56 +52,8 @@ def draw(findings: Findings, folder: Path, suffix: str) -> list[tuple[Path, str]
     Returns:
         The PNGs with their captions.
     """
-    cells, sparse = findings.cells, [cell for cell in findings.cells if not cell.is_dense]
-    wanted: list[tuple[str, str, str, Callable[[Axes], None]]] = [
-        (
-            "loss_against_parameters",
-            "Final loss against total parameters",
-            "Small points are seeds, lines join their means. Filled: active FLOPs equal within 1 %; hollow: "
-            "dense models, which need more FLOPs the larger they are. Dashed: the power law, if any.",
-            lambda axes: _against_parameters(axes, findings),
-        ),
-        (
-            "loss_against_flops",
-            "Loss against training FLOPs",
-            "Mean over seeds, from a third of the training on.",
-            lambda axes: _curves(axes, cells, _flops_at, "training FLOPs"),
-        ),
-        (
-            "loss_against_time",
-            "Loss against time",
-            "Mean over seeds, from a third of the training on: what equal time buys on this machine.",
-            lambda axes: _curves(axes, cells, _seconds_at, "time of the training steps (seconds)"),
-        ),
-        (
-            "speed",
-            "Training speed",
-            "Median over seeds, without evaluation and checkpoints. Dense models are lighter.",
-            lambda axes: _bars(axes, cells, lambda cell: cell.tokens_per_s, "tokens per second"),
-        ),
-    ]
-    if any(difference.low is not None for difference in findings.differences.values()):
-        wanted.insert(
-            1,
-            (
-                "difference_to_dense",
-                "Difference of the final loss to the dense model of equal FLOPs",
-                "Mean over seeds, paired by seed, with 95 % intervals. Below zero is better.",
-                lambda axes: _differences(axes, findings),
-            ),
-        )
-    for key, title in _HEALTH.items():
-        if any(cell.mean(key) for cell in sparse):
-            wanted.append(
-                (
-                    key.rpartition("/")[2],
-                    f"Router health: {title[0].lower()}{title[1:]}",
-                    "Mean over the last tenth of the training and over seeds.",
-                    partial(_bars, cells=sparse, value=methodcaller("mean", key), label=title),
-                )
-            )
     pictures = []
-    for name, title, caption, fill in wanted:
+    for name, title, caption, fill in _pictures(findings):
         figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=130, layout="constrained")
         fill(axes)
         axes.set_title(title, fontsize=12)
@@ -98,38 +62,101 @@ def draw(findings: Findings, folder: Path, suffix: str) -> list[tuple[Path, str]
         path = folder / f"{name}{suffix}.png"
         figure.savefig(path)
         plt.close(figure)
-        pictures.append((path, f"{title}. {caption}"))
+        pictures.append((path, f"{title}. {caption}".strip()))
     return pictures
 
 
-def _against_parameters(axes: Axes, findings: Findings) -> None:
-    dense = [cell for cell in findings.cells if cell.is_dense]
-    sparse = [cell for cell in findings.cells if not cell.is_dense]
-    for name, cells, fill, line in (("sparse", sparse, _INK, "-"), ("dense", dense, "white", ":")):
-        totals = [cell.ledger.total / 1e6 for cell in cells]
-        style: dict[str, Any] = {"color": _INK, "markerfacecolor": fill}
-        axes.plot(totals, [cell.mean_loss for cell in cells], "o" + line, label=name, **style)
-        for total, cell in zip(totals, cells, strict=True):
-            axes.plot([total] * len(cell.runs), list(cell.losses.values()), ".", markersize=4, **style)
-            axes.annotate(
-                cell.label,
-                (total, cell.mean_loss),
-                textcoords="offset points",
-                xytext=(7, 7 if cell.is_dense else -12),
-                fontsize=8,
+def _pictures(findings: Findings) -> Iterator[_Picture]:
+    cells, baseline = findings.cells, findings.baseline
+    flops = [cell.flops for cell in (*findings.sparse, *([baseline] if baseline else []))]
+    equal = max(flops) <= (1 + TOLERANCE) ** 2 * min(flops)
+    yield _Picture(
+        "loss_against_parameters",
+        f"Final loss against total parameters{' at equal active FLOPs' if equal else ''}",
+        "Small points are seeds, large ones their means. Filled: sparse. Hollow: dense, of more FLOPs "
+        "the larger they are. Dashed: power law, if any.",
+        lambda axes: _against_parameters(axes, findings),
+    )
+    if baseline is not None and any(d.low is not None for d in findings.differences.values()):
+        yield _Picture(
+            "difference_to_dense",
+            f"Difference of the final loss to {baseline.label}",
+            "Mean over seeds, paired by seed, with 95 % intervals. Below zero is better.",
+            lambda axes: _differences(axes, findings),
+        )
+    curves = "Mean over seeds, from a third of the training on."
+    yield _Picture(
+        "loss_against_flops",
+        "Loss against training FLOPs",
+        curves,
+        lambda axes: _curves(axes, cells, _flops_at, "training FLOPs"),
+    )
+    yield _Picture(
+        "loss_against_time",
+        "Loss against time",
+        f"{curves} Steps times the median time of a step, evaluation and saving not counted. What equal time "
+        "buys on the machine of these runs, which those side by side share.",
+        lambda axes: _curves(axes, cells, _seconds_at, "time of the training steps (seconds)"),
+    )
+    yield _Picture(
+        "speed",
+        "Training speed",
+        "Median over seeds, evaluation and saving not counted. Light: dense.",
+        lambda axes: _bars(axes, cells, [cell.tokens_per_s for cell in cells], "tokens per second"),
+    )
+    for key, title in _HEALTH.items():
+        values = [cell.mean(f"moe/{key}") or 0.0 for cell in findings.sparse]
+        if any(values):
+            yield _Picture(
+                key,
+                f"Router health: {title[0].lower()}{title[1:]}",
+                "Mean over the last tenth of the training and over seeds.",
+                partial(_bars, cells=findings.sparse, heights=values, label=title),
             )
-    if findings.law is not None:
-        totals = [cell.ledger.total / 1e6 for cell in findings.cells]
-        at = np.geomspace(min(totals), max(totals), 50)
-        losses = findings.law.scale * (at * 1e6) ** findings.law.exponent.mean
-        axes.plot(at, losses, "--", color="#888888", linewidth=1, label="power law at equal active FLOPs")
+    for key, title in _COST.items():
+        costs = [cost for cell in cells if (cost := cell.cost(key)) is not None]
+        if len(costs) == len(cells):
+            yield _Picture(key, title, "", partial(_bars, cells=cells, heights=costs, label=title))
+
+
+def _against_parameters(axes: Axes, findings: Findings) -> None:
+    for name, cells, fill in (("sparse", findings.sparse, _INK), ("dense", findings.dense, "white")):
+        style: dict[str, Any] = {"color": _INK, "markerfacecolor": fill}
+        for number, cell in enumerate(cells):
+            total = cell.ledger.total / 1e6
+            axes.plot([total] * len(cell.runs), list(cell.losses.values()), ".", markersize=4, **style)
+            axes.plot(total, cell.mean_loss, "o", label=None if number else name, **style)
+            place = (7, 7 if cell.is_dense else -12)
+            axes.annotate(
+                cell.label, (total, cell.mean_loss), textcoords="offset points", xytext=place, fontsize=8
+            )
+    for curve in findings.curves:
+        if curve.key == "moe.num_experts":
+            _line(axes, curve.cells, "-")
+        if curve.law is not None:
+            at = np.geomspace(*_ends(curve.cells), 50)
+            axes.plot(
+                at / 1e6, curve.law.scale * at**curve.law.exponent.mean, "--", color="#888888", linewidth=1
+            )
+    _line(axes, findings.dense, ":")
     axes.set(xscale="log", xlabel="total parameters (millions)", ylabel=_LOSS)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    lowest, highest = (total / 1e6 for total in _ends(findings.cells))
+    axes.set_xlim(lowest / 1.15, 1.6 * highest)  # room for the last label
+    ticks = [1, 2, 5] if highest > 5 * lowest else range(1, 10)
+    axes.xaxis.set_major_locator(LogLocator(subs=ticks))
     axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    lowest, highest = axes.get_xlim()
-    axes.set_xlim(lowest, 1.4 * highest)  # room for the last label
     axes.legend(frameon=False)
+
+
+def _ends(cells: Sequence[CellResult]) -> tuple[int, int]:
+    totals = [cell.ledger.total for cell in cells]
+    return min(totals), max(totals)
+
+
+def _line(axes: Axes, cells: Sequence[CellResult], style: str) -> None:
+    totals = [cell.ledger.total / 1e6 for cell in cells]
+    axes.plot(totals, [cell.mean_loss for cell in cells], style, color=_INK, linewidth=1.2, zorder=1)
 
 
 def _differences(axes: Axes, findings: Findings) -> None:
@@ -156,7 +183,7 @@ def _flops_at(run: Run, cell: CellResult, step: int, tokens: int) -> float:
 
 
 def _seconds_at(run: Run, cell: CellResult, step: int, tokens: int) -> float:
-    return step * statistics.mean(line["perf/step_s"] for line in run.metrics if line.get("perf/step_s"))
+    return step * statistics.median(line["perf/step_s"] for line in run.metrics if "perf/step_s" in line)
 
 
 def _curves(
@@ -189,13 +216,12 @@ def _curves(
     axes.legend(frameon=False, fontsize=8)
 
 
-def _bars(axes: Axes, cells: Sequence[CellResult], value: Callable[[CellResult], float], label: str) -> None:
-    heights = [value(cell) for cell in cells]
+def _bars(axes: Axes, cells: Sequence[CellResult], heights: Sequence[float], label: str) -> None:
     colours = [_DENSE if cell.is_dense else _SPARSE for cell in cells]
-    bars = axes.bar([cell.label for cell in cells], heights, color=colours, edgecolor=_INK)
+    bars = axes.bar(range(len(cells)), heights, color=colours, edgecolor=_INK)
     axes.bar_label(
         bars, fmt=lambda height: f"{height:,.0f}" if height >= 100 else f"{height:.3g}", fontsize=8
     )
     axes.set_ylabel(label)
-    axes.set_ylim(top=1.1 * max(*heights, math.ulp(1.0)))
+    axes.margins(y=0.1)
     axes.set_xticks(range(len(cells)), [cell.label for cell in cells], rotation=30, ha="right")

@@ -3,33 +3,29 @@
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from moe.sweep.findings import CellResult, Findings
+from moe.sweep.findings import CellResult, Curve, Findings
 from moe.sweep.plan import TOLERANCE
 from moe.sweep.statistics import Interval, paired_difference, with_bounds
 from moe.tables import short
+
+_BETTER, _WORSE, _UNCLEAR = "better than", "worse than", "not told apart from"
 
 
 def sentences(findings: Findings) -> Iterator[str]:
     """What the runs support, and what they do not."""
     cells = findings.cells
-    sparse = [cell for cell in cells if not cell.is_dense]
     if len(cells) == 1:
         yield f"{cells[0].label} is compared with nothing: no other run here has its settings outside moe.*."
         return
     if findings.baseline is None:
-        names = "; ".join(cell.label for cell in sparse)
-        yield f"Nothing is compared with a dense model: there is no dense run beside {names}."
+        yield "Nothing is compared with a dense model: there is no dense run."
     else:
         yield from _against_dense(findings, findings.baseline)
-    yield from _step_by_step(sparse)
-    if findings.law is not None:
-        exponent = findings.law.exponent
-        yield (
-            "Loss against total parameters at equal active FLOPs, as a power law: exponent "
-            f"{with_bounds(exponent)}, residuals to {max(map(abs, findings.law.residuals)):.2%} of the loss."
-        )
+    for curve in findings.curves:
+        yield from _along(curve)
     yield from _equivalents(findings)
-    yield from _speed(findings)
+    if findings.baseline is not None:
+        yield from _speed(cells, findings.baseline)
     tokens = sorted({run.summary["tokens"] for cell in cells for run in cell.runs.values()})
     yield (
         f"All this is after {' to '.join(short(t) for t in dict.fromkeys((tokens[0], tokens[-1])))} tokens a "
@@ -38,82 +34,86 @@ def sentences(findings: Findings) -> Iterator[str]:
 
 
 def _against_dense(findings: Findings, baseline: CellResult) -> Iterator[str]:
+    others = [cell for cell in findings.cells if cell is not baseline]
     known = {
-        label: d for label, d in findings.differences.items() if d.low is not None and d.high is not None
+        c: d for c in others if (d := findings.differences.get(c.label)) is not None and d.low is not None
     }
-    single = [label for label in findings.differences if label not in known]
-    if single:
-        yield f"One seed in common with {baseline.label} tells no spread; may be chance: {'; '.join(single)}."
-    flops = {cell.label: cell.ledger.flops_per_token_forward for cell in findings.cells}
-    outcomes: dict[str, list[str]] = {"Better than": [], "Worse than": [], "Not told apart from": []}
-    for label, difference in known.items():
-        times = flops[label] / flops[baseline.label]
-        cost = f" (with {times:.2g} times its FLOPs)" if abs(times - 1) > 2 * TOLERANCE else ""
-        outcomes[_outcome(difference)].append(f"{label} by {with_bounds(difference)}{cost}")
+    outcomes: dict[str, list[str]] = {_BETTER: [], _WORSE: [], _UNCLEAR: []}
+    for cell, difference in known.items():
+        said = f"{cell.label} by {with_bounds(difference)}{_with_flops(cell, baseline)}"
+        outcomes[_outcome(difference)].append(said)
     for outcome, found in outcomes.items():
         if found:
-            yield f"{outcome} {baseline.label} (nats per token, paired by seed, 95 %): {'; '.join(found)}."
-    if known:
-        halves = sorted((d.high - d.low) / 2 for d in known.values())  # type: ignore[operator]
+            what = f"{outcome.capitalize()} {baseline.label}"
+            yield f"{what} (nats per token, paired by seed, 95 %): {'; '.join(found)}."
+    single = [c.label for c in others if c not in known and c.label in findings.differences]
+    if single:
+        yield f"One seed in common with {baseline.label} tells no spread; may be chance: {'; '.join(single)}."
+    if none := [cell.label for cell in others if cell.label not in findings.differences]:
+        yield f"No seed in common with {baseline.label}, so not compared: {'; '.join(none)}."
+    halves = [d.mean - d.low for cell, d in known.items() if not cell.is_dense and d.low is not None]
+    if halves:
         yield (
-            f"Differences from {baseline.label} below about {halves[len(halves) // 2]:.4f} nats are not "
-            f"resolved by {len(baseline.runs)} seeds. Each interval holds for one comparison, not for all."
+            f"The widest of these intervals of sparse models resolves {max(halves):.4f} nats, no less. Each "
+            "holds for one comparison, not for all at once."
+        )
+
+
+def _along(curve: Curve) -> Iterator[str]:
+    """Each cell against the one before it, and the power law."""
+    steps = []
+    for before, after in pairwise(curve.cells):
+        if len(before.runs.keys() & after.runs.keys()) > 1:
+            change = paired_difference(after.losses, before.losses)
+            cost = _with_flops(after, before)
+            steps.append(f"{after.label} {_outcome(change)} {before.label}: {with_bounds(change)}{cost}")
+    if steps:
+        yield f"Step by step{f' along {curve.key}' if curve.key else ''}: {'; '.join(steps)}."
+    if curve.law is not None:
+        exponent, residual = curve.law.exponent, max(map(abs, curve.law.residuals))
+        supports = "" if _outcome(exponent) != _UNCLEAR else "; it may be zero, so no law is supported"
+        yield (
+            f"Loss as a power of total parameters, from the dense model to {curve.cells[-1].label}: exponent "
+            f"{with_bounds(exponent)}, residuals to {residual:.2%} of the loss{supports}."
         )
 
 
 def _outcome(difference: Interval) -> str:
     if difference.high is not None and difference.high < 0:
-        return "Better than"
+        return _BETTER
     if difference.low is not None and difference.low > 0:
-        return "Worse than"
-    return "Not told apart from"
+        return _WORSE
+    return _UNCLEAR
 
 
-def _step_by_step(sparse: Sequence[CellResult]) -> Iterator[str]:
-    """Each model against the next smaller one."""
-    steps = [
-        (smaller, larger, paired_difference(larger.losses, smaller.losses))
-        for smaller, larger in pairwise(sparse)
-        if len(smaller.runs.keys() & larger.runs.keys()) > 1
-    ]
-    if steps:
-        found = [
-            f"{larger.label} {_outcome(d).lower()} {smaller.label}: {with_bounds(d)}"
-            for smaller, larger, d in steps
-        ]
-        yield f"Step by step: {'; '.join(found)}."
+def _with_flops(cell: CellResult, other: CellResult) -> str:
+    times = cell.flops / other.flops
+    return f" (with {times:.3g} times its FLOPs)" if abs(times - 1) > 2 * TOLERANCE else ""
 
 
 def _equivalents(findings: Findings) -> Iterator[str]:
-    dense = [cell.ledger.active_no_input_emb for cell in findings.cells if cell.is_dense]
-    if findings.worth and findings.dense_law is not None:
-        law = findings.dense_law
-        found = []
-        for label, size in findings.worth.items():
-            bounds = (
-                "" if size.low is None or size.high is None else f" [{short(size.low)}, {short(size.high)}]"
-            )
-            beyond = "" if min(dense) <= size.mean <= max(dense) else ", extrapolated"
-            found.append(f"{label} {short(size.mean)}{bounds}{beyond}")
-        fit = (
-            "two sizes, so it has no residual"
-            if len(dense) == 2
-            else f"{len(dense)} sizes, residuals up to {max(map(abs, law.residuals)):.2%} of the loss"
-        )
-        yield (
-            "Worth a dense model of so many active parameters (without the input embedding), by a power law "
-            f"of exponent {with_bounds(law.exponent)} through the dense runs ({fit}): {'; '.join(found)}."
-        )
+    law, dense = findings.dense_law, [cell.ledger.active_no_input_emb for cell in findings.dense]
+    if law is None or not findings.worth:
+        return
+    found = []
+    for label, size in findings.worth.items():
+        known = [bound for bound in size if bound is not None]
+        bounds = f" [{short(known[1])}, {short(known[2])}]" if len(known) > 1 else ""
+        beyond = ", extrapolated" if min(known) < min(dense) or max(known) > max(dense) else ""
+        found.append(f"{label} {short(size.mean)}{bounds}{beyond}")
+    fit = "two sizes, so it has no residual"
+    if len(dense) > 2:
+        fit = f"{len(dense)} sizes, residuals to {max(map(abs, law.residuals)):.2%} of the loss"
+    yield (
+        "Worth a dense model of so many active parameters (without the input embedding), by a power law of "
+        f"exponent {with_bounds(law.exponent)} through the dense runs ({fit}): {'; '.join(found)}."
+    )
 
 
-def _speed(findings: Findings) -> Iterator[str]:
-    if findings.baseline is not None:
-        speed = findings.baseline.tokens_per_s
-        found = [
-            f"{cell.label} {cell.tokens_per_s / speed:.2f}"
-            for cell in findings.cells
-            if cell is not findings.baseline
-        ]
-        if found:
-            base = findings.baseline.label
-            yield f"Tokens per second on this machine, those of {base} being 1: {'; '.join(found)}."
+def _speed(cells: Sequence[CellResult], baseline: CellResult) -> Iterator[str]:
+    found = [
+        f"{cell.label} {cell.tokens_per_s / baseline.tokens_per_s:.2f}"
+        for cell in cells
+        if cell is not baseline
+    ]
+    yield f"Tokens per second as they were trained, those of {baseline.label} being 1: {'; '.join(found)}."

@@ -68,18 +68,23 @@ def equivalent_size(runs: Mapping[int, float], dense: Mapping[int, Mapping[int, 
 
     Args:
         runs: loss by seed.
-        dense: of each dense size, loss by seed; at least two sizes.
+        dense: of each dense size, loss by seed.
 
     Returns:
-        None where no seed has two dense sizes that get better with size.
+        Over the seeds that all sizes have. None where there is no such seed, or less than two sizes, or a
+        seed whose loss does not fall with size: without it, the others would be chosen by their outcome.
     """
+    seeds = runs.keys() & set.intersection(*(set(losses) for losses in dense.values())) if dense else set()
     sizes = []
-    for seed, loss in runs.items():
-        points = [(size, losses[seed]) for size, losses in dense.items() if seed in losses]
-        if len(points) > 1:
-            law = fit_power_law(*zip(*points, strict=True))
-            if law.exponent.mean < 0:
-                sizes.append(math.log(law.solve(loss)))
+    for seed in sorted(seeds):
+        law = (
+            fit_power_law(list(dense), [losses[seed] for losses in dense.values()])
+            if len(dense) > 1
+            else None
+        )
+        if law is None or law.exponent.mean >= 0:
+            return None
+        sizes.append(math.log(law.solve(runs[seed])))
     if not sizes:
         return None
     mean, low, high = mean_interval(sizes)
