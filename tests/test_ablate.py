@@ -44,6 +44,7 @@ def sweep(config, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_every_cell_and_seed_is_an_ordinary_finished_run(sweep):
     lines = [json.loads(line) for line in (sweep / "results.jsonl").read_text().splitlines()]
     cells = {"num_experts=1", "num_experts=8", "dense,double_active", "dense,equal_total"}
@@ -106,6 +107,7 @@ def test_the_report_is_rebuilt_from_any_folder_of_runs(sweep, tmp_path, capsys):
     assert "holds no finished run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_reported_and_the_others_go_on_also_under_a_launcher(config, tmp_path, capsys):
     out = tmp_path / "by_launcher"
     blocked = out / "runs" / "num_experts=4" / "seed-0"
@@ -133,6 +135,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on_also_under_a_launcher(con
         assert b"by_launcher" in mirror.read_bytes()  # the group
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_or_killed_and_started_again_gives_the_same_results(sweep, config, tmp_path):
     out, moments = tmp_path / "killed", random.Random()
     call = [sys.executable, str(ROOT / "scripts" / "ablate.py"), *config, "--vary", "moe.num_experts=1,8"]
