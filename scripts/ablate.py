@@ -116,10 +116,10 @@ def launcher_of(options: argparse.Namespace) -> list[str]:
         words = shlex.split(options.launcher)
     except ValueError as error:
         raise ConfigError("--launcher", f"cannot be read ({error}), got {options.launcher!r}") from None
+    if words and Path(words[0]).name == "deepspeed":
+        raise ConfigError("--launcher", "deepspeed leaves its ranks behind when it is stopped; use torchrun")
     if not words or shutil.which(words[0]) is None:
         raise ConfigError("--launcher", f"there is no such command: {options.launcher!r}")
-    if Path(words[0]).name == "deepspeed":
-        raise ConfigError("--launcher", "deepspeed leaves its ranks behind when it is stopped; use torchrun")
     if options.jobs is not None:
         raise ConfigError("--jobs", "runs with --launcher go one after the other; leave one of the two out")
     return words
