@@ -175,7 +175,7 @@ def test_a_sweep_that_is_stopped_or_killed_and_started_again_gives_the_same_resu
         assert read_lines(run) == read_lines(out / "runs" / run.relative_to(sweep / "runs"))
 
 
-def test_quick_is_an_eighth_of_the_steps(config, tmp_path, capsys):
+def test_quick_is_a_tenth_of_the_steps(config, tmp_path, capsys):
     call = [
         *config,
         "train.steps=160",
@@ -187,10 +187,10 @@ def test_quick_is_an_eighth_of_the_steps(config, tmp_path, capsys):
     ]
     assert main([*call, "--out", str(tmp_path / "sweep"), "--quick", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert f"3 runs of {20 * 4 * 32 / 1e3:.3g}k tokens" in printed
-    assert "quick: 1/8 of the steps" in printed
+    assert f"3 runs of {16 * 4 * 32 / 1e3:.3g}k tokens" in printed
+    assert "quick: 1/10 of the steps" in printed
     quick = shortened(load_config(Path(call[0]), call[1:-4])).train
-    assert (quick.steps, quick.eval_interval) == (20, 10)
+    assert (quick.steps, quick.eval_interval) == (16, 8)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,19 @@ def test_a_size_between_two_dense_ones_is_found_by_the_law_through_them(tmp_path
     )
 
 
+def test_a_size_whose_interval_spans_every_dense_one_is_not_told(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"a{seed}", SHAPES["dense"][0], seed, 3.0)
+        write_run(tmp_path / f"b{seed}", SHAPES["dense,large"][0], seed, 2.8)
+        write_run(tmp_path / f"c{seed}", SHAPES["8"][0], seed, (2.80, 2.81)[seed])  # spans the large one
+        write_run(tmp_path / f"d{seed}", SHAPES["16"][0], seed, (2.6, 3.2)[seed])
+    (found,) = findings_of(tmp_path)
+    assert list(found.worth) == ["num_experts=8"]
+    assert found.worth["num_experts=8"].high > 3671168 - 1024 * 128
+    (sentence,) = (one for one in sentences(found) if one.startswith("What dense size these are worth"))
+    assert sentence.endswith(": num_experts=16.")
+
+
 def test_the_sentences_tell_better_from_worse_and_from_unclear(sweep):
     for seed, loss in enumerate((3.10, 3.15, 3.05)):
         write_run(sweep / f"bad-{seed}", ["moe.num_experts=32"], seed, loss)

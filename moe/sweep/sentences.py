@@ -93,7 +93,14 @@ def _with_flops(cell: CellResult, other: CellResult) -> str:
 
 def _equivalents(findings: Findings) -> Iterator[str]:
     law, dense = findings.dense_law, [cell.ledger.active_no_input_emb for cell in findings.dense]
-    if law is None or not findings.worth:
+    if law is None:
+        return
+    if unknown := [cell.label for cell in findings.sparse if cell.label not in findings.worth]:
+        yield (
+            "What dense size these are worth is not told by these runs (the interval spans every dense size, "
+            f"or on some seed the dense loss does not fall with size): {'; '.join(unknown)}."
+        )
+    if not findings.worth:
         return
     found = []
     for label, size in findings.worth.items():
