@@ -111,6 +111,19 @@ def test_a_size_whose_interval_spans_every_dense_one_is_not_told(tmp_path):
     assert sentence.endswith(": num_experts=16.")
 
 
+def test_sizes_by_a_law_that_may_be_flat_are_called_unsupported(tmp_path):
+    middle = ["moe.num_experts=1", "moe.top_k=1", "moe.d_ff_expert=1024"]
+    shapes = [SHAPES["dense"][0], middle, SHAPES["dense,large"][0]]
+    for losses, supported in (((3.0, 2.7, 2.9), False), ((3.0, 2.897, 2.8), True)):
+        folder = tmp_path / str(supported)
+        for number, (settings, loss) in enumerate(zip(shapes, losses, strict=True)):
+            write_run(folder / f"dense-{number}", settings, 0, loss)
+        write_run(folder / "sparse", SHAPES["8"][0], 0, 2.9)
+        (found,) = findings_of(folder)
+        (sentence,) = (one for one in sentences(found) if one.startswith("Worth a dense model"))
+        assert ("no size is supported" not in sentence) == supported
+
+
 def test_the_sentences_tell_better_from_worse_and_from_unclear(sweep):
     for seed, loss in enumerate((3.10, 3.15, 3.05)):
         write_run(sweep / f"bad-{seed}", ["moe.num_experts=32"], seed, loss)

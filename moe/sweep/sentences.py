@@ -111,6 +111,8 @@ def _equivalents(findings: Findings) -> Iterator[str]:
     fit = "two sizes, so it has no residual"
     if len(dense) > 2:
         fit = f"{len(dense)} sizes, residuals to {max(map(abs, law.residuals)):.2%} of the loss"
+        if _outcome(law.exponent) == _UNCLEAR:
+            fit += "; the exponent may be zero, so no size is supported"
     yield (
         "Worth a dense model of so many active parameters (without the input embedding), by a power law of "
         f"exponent {with_bounds(law.exponent)} through the dense runs ({fit}): {'; '.join(found)}."
