@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--launcher", default="", help="such as 'torchrun --nproc-per-node 8'; runs go one after the other"
     )
-    parser.add_argument("--quick", action="store_true", help=f"1/{QUICK} of the steps; the trends, roughly")
+    parser.add_argument("--quick", action="store_true", help=f"1/{QUICK} of the steps; a trial, not a result")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing")
     options = parser.parse_intermixed_args(arguments)
     folder = SweepFolder(options.out.expanduser())

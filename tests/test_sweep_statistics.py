@@ -36,8 +36,8 @@ def test_one_value_has_no_interval():
 
 def test_a_planted_power_law_is_recovered():
     x = np.array([1e6, 3e6, 1e7, 5e7])
-    law = fit_power_law(x, 20.0 * x**-0.12)
-    assert law.exponent.mean == pytest.approx(-0.12)
+    law = fit_power_law(x, [{0: y} for y in 20.0 * x**-0.12])
+    assert law.exponent == (pytest.approx(-0.12), None, None)
     assert law.scale == pytest.approx(20.0)
     assert max(map(abs, law.residuals)) < 1e-12
     assert law.solve(20.0 * 2e6**-0.12) == pytest.approx(2e6)
@@ -46,25 +46,44 @@ def test_a_planted_power_law_is_recovered():
 def test_the_exponents_interval_holds_the_planted_one_in_about_95_of_100_noisy_fits():
     rng, x, held = np.random.default_rng(0), np.geomspace(1e6, 1e8, 6), 0
     for _ in range(400):
-        exponent = fit_power_law(x, 20 * x**-0.12 * np.exp(rng.normal(0, 0.01, 6))).exponent
+        luck = rng.normal(0, 0.1, 3)  # that all points of a seed share
+        losses = [
+            {seed: 20 * size**-0.12 * np.exp(luck[seed] + rng.normal(0, 0.01)) for seed in range(3)}
+            for size in x
+        ]
+        exponent = fit_power_law(x, losses).exponent
         held += exponent.low <= -0.12 <= exponent.high
     assert 0.92 <= held / 400 <= 0.98
 
 
 def test_the_exponents_interval_by_hand():
-    # log x = 0, 1, 2 and log y = 0, -1, -2.3: slope -2.3 / 2, residuals -0.05, 0.1, -0.05, so the standard
-    # error is sqrt(0.015 / 1 / 2); Student's t of one degree of freedom is 12.7062.
-    law = fit_power_law([1.0, math.e, math.e**2], [1.0, math.exp(-1), math.exp(-2.3)])
-    half = 12.7062 * math.sqrt(0.015 / 2)
-    assert law.exponent == pytest.approx((-1.15, -1.15 - half, -1.15 + half), rel=1e-5)
-    assert law.residuals == pytest.approx((-0.05, 0.1, -0.05))
+    # log x = 0, 1, 2; log y = 0, -1, -2 on seed 0; 0, -1.1, -3 on seed 1; 0, -1.8, -4 on seed 2: slopes -1,
+    # -1.5 and -2, standard deviation 0.5. Of the mean, 0, -1.3, -3: residuals -1/15, 2/15, -1/15.
+    logs = [(0, 0, 0), (-1, -1.1, -1.8), (-2, -3, -4)]
+    law = fit_power_law(
+        [1.0, math.e, math.e**2], [{seed: math.exp(y) for seed, y in enumerate(some)} for some in logs]
+    )
+    half = 4.302653 * 0.5 / math.sqrt(3)
+    assert law.exponent == pytest.approx((-1.5, -1.5 - half, -1.5 + half), rel=1e-5)
+    assert law.residuals == pytest.approx((-1 / 15, 2 / 15, -1 / 15))
+    assert not law.may_be_flat
 
 
-def test_two_points_are_met_exactly_and_give_no_interval():
-    law = fit_power_law([1.0, 10.0], [8.0, 4.0])
+def test_a_law_may_be_flat_where_its_interval_reaches_zero():
+    x = [1.0, math.e]
+    steep = fit_power_law(x, [{0: 3.0, 1: 3.1}, {0: 2.0, 1: 2.0}])
+    unclear = fit_power_law(x, [{0: 3.0, 1: 3.1}, {0: 2.0, 1: 3.0}])
+    assert (steep.may_be_flat, unclear.may_be_flat) == (False, True)
+    assert fit_power_law(x, [{0: 3.0}, {0: 3.1}]).may_be_flat
+    assert not fit_power_law(x, [{0: 3.0}, {0: 2.9}]).may_be_flat
+
+
+def test_a_law_counts_seeds_that_all_points_have():
+    law = fit_power_law([1.0, 10.0], [{0: 8.0, 1: 9.0}, {0: 4.0, 2: 1.0}])
     assert law.exponent.low is None
     assert law.solve(8.0) == pytest.approx(1.0)
     assert law.solve(4.0) == pytest.approx(10.0)
+    assert fit_power_law([1.0, 10.0], [{0: 8.0}, {1: 4.0}]) is None
 
 
 def test_a_planted_equivalent_size_is_recovered_seed_by_seed():

@@ -7,7 +7,7 @@ compared with each other; their baseline is the dense cell whose FLOPs are neare
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,8 @@ class Findings:
         differences: loss of each other cell minus the baseline's, paired by seed, by label; cells without a
             seed in common are left out.
         worth: active parameters (without the input embedding) of the dense model of the same loss, by label
-            of sparse cells; those whose interval spans every dense size are left out.
-        dense_law: loss as a power of those parameters over the dense cells; None below 2.
+            of each sparse cell; empty where the dense law may be flat.
+        dense_law: loss as a power of those parameters over the dense cells; None below 2 sizes.
         curves: along each varied setting.
     """
 
@@ -276,21 +276,11 @@ def _compare(title: str, cells: list[CellResult]) -> Findings:
         if baseline is not None and cell is not baseline and cell.losses.keys() & baseline.losses.keys()
     }
     sizes = {cell.ledger.active_no_input_emb: cell.losses for cell in dense}
-    worth = {
-        cell.label: size
-        for cell in sparse
-        if (size := equivalent_size(cell.losses, sizes)) is not None and not _spans(size, sizes)
-    }
-    law = None
-    if len(sizes) > 1:
-        law = fit_power_law(list(sizes), [cell.mean_loss for cell in dense])
+    law = fit_power_law(list(sizes), list(sizes.values())) if len(sizes) > 1 else None
+    worth: dict[str, Interval] = {}
+    if law is not None and not law.may_be_flat:
+        worth = {c.label: size for c in sparse if (size := equivalent_size(c.losses, sizes)) is not None}
     return Findings(title, cells, baseline, differences, worth, law, _curves(sparse, baseline))
-
-
-def _spans(interval: Interval, sizes: Iterable[float]) -> bool:
-    """Whether an interval leaves all sizes possible."""
-    _, low, high = interval
-    return low is not None and high is not None and all(low <= size <= high for size in sizes)
 
 
 def _curves(sparse: Sequence[CellResult], baseline: CellResult | None) -> list[Curve]:
@@ -320,7 +310,7 @@ def _law(cells: Sequence[CellResult]) -> PowerLaw | None:
         return None
     if len(set(totals)) < 3 or max(totals) < _APART * min(totals):
         return None
-    return fit_power_law(totals, [cell.mean_loss for cell in cells])
+    return fit_power_law(totals, [cell.losses for cell in cells])
 
 
 def rows(findings: Findings) -> Iterator[dict[str, Any]]:

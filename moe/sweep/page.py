@@ -112,8 +112,8 @@ def _section(
         f"<p>{html.escape(_opening(findings))}</p>\n"
         "<h2>What it shows</h2>\n<ul>" + "".join(f"<li>{html.escape(one)}</li>\n" for one in said) + "</ul>\n"
         f'<h2>Quality</h2>\n<div class="scroll">{_table(table, _QUALITY)}</div>\n'
-        "<p>Loss: validation, mean over seeds, with its 95 % interval, in which the seeds' common luck "
-        "counts; against dense: paired by seed, so it does not.</p>\n"
+        "<p>Loss: validation, mean over seeds, with a 95 % interval that holds what seeds vary in all cells "
+        "alike. To compare cells, take the differences to dense, which are paired by seed.</p>\n"
         f'<h2>Speed, routing and cost</h2>\n<div class="scroll">{_table(table, _EFFORT)}</div>\n'
         "<p>FLOPs and cost are summed over seeds; without rates (cost.* in the configuration) there is "
         f"neither price nor energy.</p>\n<h2>Pictures</h2>\n{figures}"
@@ -128,8 +128,8 @@ def _opening(findings: Findings) -> str:
     return (
         f"{settings}{sum(len(cell.runs) for cell in cells)} runs of {len(cells)} cells, "
         f"seeds {', '.join(map(str, seeds))}, {short(run.summary['tokens'])} tokens each of "
-        f"{run.config.data.source}. Runs of one seed share their batches, their evaluation, and all "
-        "initial weights outside experts and routers."
+        f"{run.config.data.source}. Runs of one seed share their batches and all initial weights outside "
+        "experts and routers; all runs share the validation text."
     )
 
 

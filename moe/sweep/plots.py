@@ -1,6 +1,5 @@
 """Pictures of a sweep; every one has its units, and is read without colour as well."""
 
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -72,9 +71,9 @@ def _pictures(findings: Findings) -> Iterator[_Picture]:
     equal = max(flops) <= (1 + TOLERANCE) ** 2 * min(flops)
     yield _Picture(
         "loss_against_parameters",
-        f"Final loss against total parameters{' at equal active FLOPs' if equal else ''}",
-        "Small points are seeds, large ones their means. Filled: sparse. Hollow: dense, of more FLOPs "
-        "the larger they are. Dashed: power law, if any.",
+        f"Final loss against total parameters{' (sparse: equal active FLOPs)' if equal else ''}",
+        "Small points are seeds (dense to the left of their mean, sparse to the right), large ones their "
+        "means. Filled: sparse. Hollow: dense, of more FLOPs the larger they are. Dashed: power law, if any.",
         lambda axes: _against_parameters(axes, findings),
     )
     if baseline is not None and any(d.low is not None for d in findings.differences.values()):
@@ -94,8 +93,8 @@ def _pictures(findings: Findings) -> Iterator[_Picture]:
     yield _Picture(
         "loss_against_time",
         "Loss against time",
-        f"{curves} Steps times the median time of a step, evaluation and saving not counted. What equal time "
-        "buys on the machine of these runs, which those side by side share.",
+        f"{curves} Tokens over the run's tokens per second, evaluation and saving not counted, on a machine "
+        "that runs side by side share. Each curve's learning rate ends with it, so only ends compare fully.",
         lambda axes: _curves(axes, cells, _seconds_at, "time of the training steps (seconds)"),
     )
     yield _Picture(
@@ -120,15 +119,23 @@ def _pictures(findings: Findings) -> Iterator[_Picture]:
 
 
 def _against_parameters(axes: Axes, findings: Findings) -> None:
-    for name, cells, fill in (("sparse", findings.sparse, _INK), ("dense", findings.dense, "white")):
+    for name, cells, fill, side in (
+        ("sparse", findings.sparse, _INK, 1.03),
+        ("dense", findings.dense, "white", 0.97),
+    ):
         style: dict[str, Any] = {"color": _INK, "markerfacecolor": fill}
         for number, cell in enumerate(cells):
             total = cell.ledger.total / 1e6
-            axes.plot([total] * len(cell.runs), list(cell.losses.values()), ".", markersize=4, **style)
-            axes.plot(total, cell.mean_loss, "o", label=None if number else name, **style)
-            place = (7, 7 if cell.is_dense else -12)
+            axes.plot([side * total] * len(cell.runs), list(cell.losses.values()), "o", markersize=3, **style)
+            axes.plot(total, cell.mean_loss, "o", markersize=8, label=None if number else name, **style)
+            place = (10, 7 if cell.is_dense else -14)
             axes.annotate(
-                cell.label, (total, cell.mean_loss), textcoords="offset points", xytext=place, fontsize=8
+                cell.label,
+                (total, cell.mean_loss),
+                textcoords="offset points",
+                xytext=place,
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             )
     for curve in findings.curves:
         if curve.key == "moe.num_experts":
@@ -141,7 +148,7 @@ def _against_parameters(axes: Axes, findings: Findings) -> None:
     _line(axes, findings.dense, ":")
     axes.set(xscale="log", xlabel="total parameters (millions)", ylabel=_LOSS)
     lowest, highest = (total / 1e6 for total in _ends(findings.cells))
-    axes.set_xlim(lowest / 1.15, 1.6 * highest)  # room for the last label
+    axes.set_xlim(lowest / 1.15, 1.8 * highest)  # room for the last label
     ticks = [1, 2, 5] if highest > 5 * lowest else range(1, 10)
     axes.xaxis.set_major_locator(LogLocator(subs=ticks))
     axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -183,7 +190,7 @@ def _flops_at(run: Run, cell: CellResult, step: int, tokens: int) -> float:
 
 
 def _seconds_at(run: Run, cell: CellResult, step: int, tokens: int) -> float:
-    return step * statistics.median(line["perf/step_s"] for line in run.metrics if "perf/step_s" in line)
+    return tokens / run.summary["tokens_per_s"]
 
 
 def _curves(
@@ -211,6 +218,7 @@ def _curves(
             marker=_MARKERS[index % len(_MARKERS)],
             linestyle=_LINES[index % len(_LINES)],
             markerfacecolor="white" if cell.is_dense else None,
+            zorder=3 if cell.is_dense else 2,
         )
     axes.set(xlabel=label, ylabel=_LOSS)
     axes.legend(frameon=False, fontsize=8)

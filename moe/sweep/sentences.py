@@ -54,28 +54,55 @@ def _against_dense(findings: Findings, baseline: CellResult) -> Iterator[str]:
     halves = [d.mean - d.low for cell, d in known.items() if not cell.is_dense and d.low is not None]
     if halves:
         yield (
-            f"The widest of these intervals of sparse models resolves {max(halves):.4f} nats, no less. Each "
-            "holds for one comparison, not for all at once."
+            f"The intervals of sparse models reach {min(halves):.4f} to {max(halves):.4f} nats to either "
+            f"side. Of twenty such intervals one misses by chance; these comparisons are {len(known)}."
         )
+    same = [
+        _compared(cell, dense)
+        for cell in findings.sparse
+        for dense in findings.dense
+        if dense is not baseline
+        and abs(cell.ledger.total / dense.ledger.total - 1) <= TOLERANCE
+        and _share_seeds(cell, dense)
+    ]
+    if same:
+        yield f"At equal total parameters: {'; '.join(same)}."
 
 
 def _along(curve: Curve) -> Iterator[str]:
-    """Each cell against the one before it, and the power law."""
-    steps = []
-    for before, after in pairwise(curve.cells):
-        if len(before.runs.keys() & after.runs.keys()) > 1:
-            change = paired_difference(after.losses, before.losses)
-            cost = _with_flops(after, before)
-            steps.append(f"{after.label} {_outcome(change)} {before.label}: {with_bounds(change)}{cost}")
+    """Each cell against the one before it and against the first, and the power law."""
+    first, *others = curve.cells
+    along = f" along {curve.key}" if curve.key else ""
+    steps = [
+        _compared(after, before) for before, after in pairwise(curve.cells) if _share_seeds(after, before)
+    ]
     if steps:
-        yield f"Step by step{f' along {curve.key}' if curve.key else ''}: {'; '.join(steps)}."
-    if curve.law is not None:
-        exponent, residual = curve.law.exponent, max(map(abs, curve.law.residuals))
-        supports = "" if _outcome(exponent) != _UNCLEAR else "; it may be zero, so no law is supported"
+        yield f"Step by step{along}: {'; '.join(steps)}."
+    if far := [_compared(cell, first) for cell in others[1:] if _share_seeds(cell, first)]:
+        yield f"And from the first{along}: {'; '.join(far)}."
+    if (law := curve.law) is not None:
+        change = (curve.cells[-1].ledger.total / first.ledger.total) ** law.exponent.mean - 1
+        supports = ""
+        if law.exponent.low is None:
+            supports = "; one seed tells no spread"
+        elif _outcome(law.exponent) == _UNCLEAR:
+            supports = "; it may be zero, so no law is supported"
         yield (
             f"Loss as a power of total parameters, from the dense model to {curve.cells[-1].label}: exponent "
-            f"{with_bounds(exponent)}, residuals to {residual:.2%} of the loss{supports}."
+            f"{with_bounds(law.exponent)} over seeds, {change:+.1%} from {first.label} on, residuals to "
+            f"{max(map(abs, law.residuals)):.1%}{supports}."
         )
+
+
+def _share_seeds(cell: CellResult, other: CellResult) -> bool:
+    """Whether they can be compared with an interval."""
+    return len(cell.runs.keys() & other.runs.keys()) > 1
+
+
+def _compared(cell: CellResult, other: CellResult) -> str:
+    difference = paired_difference(cell.losses, other.losses)
+    said = f"{cell.label} {_outcome(difference)} {other.label}: {with_bounds(difference)}"
+    return said + _with_flops(cell, other)
 
 
 def _outcome(difference: Interval) -> str:
@@ -93,14 +120,17 @@ def _with_flops(cell: CellResult, other: CellResult) -> str:
 
 def _equivalents(findings: Findings) -> Iterator[str]:
     law, dense = findings.dense_law, [cell.ledger.active_no_input_emb for cell in findings.dense]
-    if law is None:
+    if law is None or not findings.sparse:
         return
-    if unknown := [cell.label for cell in findings.sparse if cell.label not in findings.worth]:
-        yield (
-            "What dense size these are worth is not told by these runs (the interval spans every dense size, "
-            f"or on some seed the dense loss does not fall with size): {'; '.join(unknown)}."
-        )
+    through = (
+        "through the dense runs, loss is a power of active parameters (without the input embedding) with "
+        f"exponent {with_bounds(law.exponent)}"
+    )
     if not findings.worth:
+        yield (
+            f"What dense size the sparse models are worth is not told by these runs: {through}, which is not "
+            "below zero beyond doubt."
+        )
         return
     found = []
     for label, size in findings.worth.items():
@@ -111,12 +141,7 @@ def _equivalents(findings: Findings) -> Iterator[str]:
     fit = "two sizes, so it has no residual"
     if len(dense) > 2:
         fit = f"{len(dense)} sizes, residuals to {max(map(abs, law.residuals)):.2%} of the loss"
-        if _outcome(law.exponent) == _UNCLEAR:
-            fit += "; the exponent may be zero, so no size is supported"
-    yield (
-        "Worth a dense model of so many active parameters (without the input embedding), by a power law of "
-        f"exponent {with_bounds(law.exponent)} through the dense runs ({fit}): {'; '.join(found)}."
-    )
+    yield f"Worth a dense model of so many parameters ({through}; {fit}): {'; '.join(found)}."
 
 
 def _speed(cells: Sequence[CellResult], baseline: CellResult) -> Iterator[str]:

@@ -40,27 +40,44 @@ def paired_difference(runs: Mapping[int, float], baseline: Mapping[int, float]) 
 
 
 class PowerLaw(NamedTuple):
-    """`y = scale * x ** exponent`, fitted by least squares of logarithms; residuals are of log y."""
+    """`y = scale * x ** exponent`, by least squares of logarithms.
+
+    Attributes:
+        exponent: mean of the seeds' own, with the interval over seeds.
+        scale: of the fit to the mean over seeds of log y, whose exponent is the mean one.
+        residuals: of log y, of that fit, in the order of x.
+    """
 
     exponent: Interval
     scale: float
     residuals: tuple[float, ...]
+
+    @property
+    def may_be_flat(self) -> bool:
+        """Whether the exponent is not below zero beyond doubt; of one seed, whether it is not below zero."""
+        mean, _, high = self.exponent
+        return (mean if high is None else high) >= 0
 
     def solve(self, y: float) -> float:
         """The x at which the law gives y."""
         return (y / self.scale) ** (1 / self.exponent.mean)
 
 
-def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
-    """Fit at least two points; two are met exactly and leave no interval of the exponent."""
-    log_x, log_y = np.log(x), np.log(y)
-    fit: Any = stats.linregress(log_x, log_y)
-    exponent = Interval(float(fit.slope), None, None)
-    if len(x) > 2:
-        half = float(fit.stderr * stats.t.ppf((1 + LEVEL) / 2, len(x) - 2))
-        exponent = Interval(float(fit.slope), float(fit.slope) - half, float(fit.slope) + half)
-    residuals = log_y - (fit.intercept + fit.slope * log_x)
-    return PowerLaw(exponent, math.exp(float(fit.intercept)), tuple(map(float, residuals)))
+def fit_power_law(x: Sequence[float], losses: Sequence[Mapping[int, float]]) -> PowerLaw | None:
+    """Fit losses by seed at two or more x, over the seeds that all of them have; None where there is none.
+
+    Seeds, not points, are what the interval counts: the points of one seed share its luck.
+    """
+    seeds = sorted(set.intersection(*(set(some) for some in losses)))
+    if not seeds:
+        return None
+    log_x = np.log(x)
+    log_y = np.log([[some[seed] for some in losses] for seed in seeds])
+    fits: list[Any] = [stats.linregress(log_x, of_seed) for of_seed in log_y]
+    exponent = mean_interval([float(fit.slope) for fit in fits])
+    intercept = float(np.mean([fit.intercept for fit in fits]))
+    residuals = log_y.mean(0) - (intercept + exponent.mean * log_x)
+    return PowerLaw(exponent, math.exp(intercept), tuple(map(float, residuals)))
 
 
 def equivalent_size(runs: Mapping[int, float], dense: Mapping[int, Mapping[int, float]]) -> Interval | None:
@@ -77,12 +94,9 @@ def equivalent_size(runs: Mapping[int, float], dense: Mapping[int, Mapping[int, 
     seeds = runs.keys() & set.intersection(*(set(losses) for losses in dense.values())) if dense else set()
     sizes = []
     for seed in sorted(seeds):
-        law = (
-            fit_power_law(list(dense), [losses[seed] for losses in dense.values()])
-            if len(dense) > 1
-            else None
-        )
-        if law is None or law.exponent.mean >= 0:
+        of_seed = [{seed: losses[seed]} for losses in dense.values()]
+        law = fit_power_law(list(dense), of_seed) if len(dense) > 1 else None
+        if law is None or law.may_be_flat:
             return None
         sizes.append(math.log(law.solve(runs[seed])))
     if not sizes:
