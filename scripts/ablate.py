@@ -5,7 +5,6 @@ python scripts/ablate.py configs/sweep.yaml --vary granularity=1,2,4 --out sweep
 """
 
 import argparse
-import fcntl
 import math
 import os
 import shlex
@@ -96,16 +95,17 @@ def main(arguments: list[str]) -> int:
         if options.dry_run:
             return 0
         command = {"vary": options.vary, "hold": options.hold, "quick": options.quick}
-        folder.add_plan(cells, seeds, command)
+        with folder.locked():
+            folder.add_plan(cells, seeds, command)
+            # A whole curve of one seed comes before the next seed's.
+            tasks = [Task(cell, seed, folder.run(cell.name, seed)) for seed in seeds for cell in cells]
+            # A thread each: runs of several threads on the same cores wait for each other by spinning, and
+            # rounding depends on the number of threads.
+            sweep = Sweep(folder, tasks, [*start, str(ROOT / "train.py")], jobs, 1 if on_cpu else None)
+            return train_and_report(sweep, tasks, folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    # A whole curve of one seed comes before the next seed's.
-    tasks = [Task(cell, seed, folder.run(cell.name, seed)) for seed in seeds for cell in cells]
-    # A thread each: runs of several threads on the same cores wait for each other by spinning, and rounding
-    # depends on the number of threads.
-    sweep = Sweep(folder, tasks, [*start, str(ROOT / "train.py")], jobs, 1 if on_cpu else None)
-    return train_and_report(sweep, tasks, folder)
 
 
 def launcher_of(options: argparse.Namespace) -> list[str]:
@@ -223,7 +223,7 @@ def show(
         minutes = sum(known) * len(seeds) / jobs / 60
         duration = f"about {plain(minutes)} minutes, {jobs} at a time, evaluation not counted"
     else:
-        duration = "time on GPUs: see scripts/count.py --gpu"
+        duration = f"the time was not estimated{'' if device == 'cpu' else ': see scripts/count.py --gpu'}"
     print(f"{len(cells) * len(seeds)} runs of {short(steps * batch)} tokens; {duration}")
 
 
@@ -235,22 +235,20 @@ def train_and_report(sweep: Sweep, tasks: list[Task], folder: SweepFolder) -> in
 
     # Also where a shell without job control started this in the background, and had SIGINT ignored.
     previous = {name: signal.signal(name, interrupt) for name in (signal.SIGINT, signal.SIGTERM)}
-    lock = os.open(folder.path, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         sweep.run()
-    except BlockingIOError:
-        print(f"error: --out: another sweep is running in {folder.path}; wait for it", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on")
         return 130
     finally:
-        os.close(lock)
         for name, handler in previous.items():
             signal.signal(name, handler)
     if any(task.is_finished for task in tasks):
-        print("\n".join(write_report(folder.path)))
+        try:
+            print("\n".join(write_report(folder.path)))
+        except ConfigError as error:
+            print(f"error: {error}; then: python scripts/report.py {folder.path}", file=sys.stderr)
+            return 1
         print(f"see {folder.path / 'report.html'}")
     return 0 if all(task.is_finished for task in tasks) else 1
 

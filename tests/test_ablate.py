@@ -13,6 +13,7 @@ import pytest
 
 import train
 from moe.config_io import load_config
+from moe.sweep.record import SweepFolder
 from scripts.ablate import main, shortened
 from scripts.report import main as report
 from tests.conftest import read_lines
@@ -118,7 +119,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on_also_under_a_launcher(con
     assert main([*call, "--launcher", launcher]) == 1
     printed = capsys.readouterr().out
     assert "num_experts=4,seed=0: FAILED with exit code" in printed
-    assert "Not finished, and so not counted: num_experts=4 seed 0" in printed
+    assert "Not finished, and so not counted: num_experts=4 seed 0 (exit code " in printed
     finished = {
         json.loads(line)["cell"]: json.loads(line)["finished"] for line in (out / "results.jsonl").open()
     }
@@ -236,6 +237,34 @@ def test_a_folder_that_is_a_file_is_refused(config, tmp_path, capsys):
     for out in (tmp_path / "file", tmp_path / "file" / "sweep"):
         assert main([*config, *EIGHT, "--out", str(out), "--dry-run"]) == 2
         assert capsys.readouterr().err == f"error: --out: {tmp_path / 'file'} is a file; choose a folder\n"
+
+
+def test_a_sweep_beside_another_in_the_same_folder_is_refused_and_changes_nothing(config, tmp_path, capsys):
+    folder = SweepFolder(tmp_path / "sweep")
+    with folder.locked():
+        assert main([*config, *EIGHT, "--out", str(folder.path)]) == 2
+        assert list(folder.path.iterdir()) == []
+    error = capsys.readouterr().err
+    assert error == f"error: --out: another sweep is running in {folder.path}; wait for it\n"
+
+
+def test_a_plan_has_a_row_per_cell(tmp_path, capsys):
+    call = [str(ROOT / "configs" / "tiny.yaml"), *EIGHT, "--jobs", "2", "--out", str(tmp_path / "sweep")]
+    assert main([*call, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = (line.split() for line in lines if line.startswith("num_experts=8"))
+    # By hand. Embedding and head 1,024 x 128 each; attention 4 x 128 x 128 a layer, its norms 2 x 128, router
+    # 8 x 128, expert 3 x 128 x 256; last norm 128. FLOPs: 6 per weight of a matrix that takes part, and 3 x 4
+    # x 128 x 64.5 a layer for attention to 1 to 128 positions. 1,200 steps of 8 samples of 128 tokens.
+    rest = 2 * 1024 * 128 + 4 * (4 * 128 * 128 + 2 * 128 + 8 * 128) + 128
+    total, active = (rest + 4 * experts * 3 * 128 * 256 for experts in (8, 2))
+    flops = int(3 * (2 * (active - 1024 * 128 - 9 * 128) + 4 * 4 * 128 * 64.5))
+    assert row[1:8] == ["8", "2", "256", f"{total:,}", f"{active:,}", f"{flops:,}", "+0.00%"]
+    assert row[9:11] == ["GiB", f"{1200 * 8 * 128 * flops:.2e}"]
+    seconds = [float(line.split()[-1].replace(",", "")) for line in lines[2:-1]]
+    assert lines[-1].startswith("12 runs of 1.23M tokens; about ")
+    minutes = float(lines[-1].split("about ")[1].split()[0].replace(",", ""))
+    assert minutes == pytest.approx(sum(seconds) * 3 / 2 / 60, rel=0.02)  # three seeds, two jobs
 
 
 def test_a_dry_run_prints_the_plan_and_trains_nothing(config, tmp_path, capsys):

@@ -135,7 +135,8 @@ def test_the_sentences_tell_better_from_worse_and_from_unclear(sweep):
     assert "after 1.23M tokens a run" in one("All this")
     # By hand: the seeds of 2 experts differ from the dense ones by 0, 0.16, -0.16: t times 0.16 / sqrt(3).
     assert f"to {4.302653 * 0.16 / 3**0.5:.4f} nats to either side" in one("The intervals of sparse models")
-    assert "these comparisons are 6." in one("The intervals of sparse models")
+    # 6 against dense, 1 at equal totals, 4 steps, 3 from the first, 2 exponents, 5 sizes.
+    assert "here are 21." in one("Of twenty intervals of 95 %")
     # 16 against 2: -0.09, -0.30, 0.08. 8 experts have 3,675,264 parameters, the wide dense model 3,671,168.
     assert "num_experts=16 not told apart from num_experts=2: -0.1033" in one("And from the first")
     assert "num_experts=8 worse than dense,width=2048: +0.0967" in one("At equal total parameters")
@@ -186,6 +187,43 @@ def test_curves_go_along_one_setting_at_a_time(tmp_path):
     }
 
 
+def test_a_curve_follows_the_width_only_where_nothing_else_tells_cells_apart(tmp_path):
+    for experts in (4, 8):
+        for width in (64, 128):
+            settings = [f"moe.num_experts={experts}", f"moe.d_ff_expert={width}"]
+            write_run(tmp_path / f"{experts}-{width}", settings, 0, 3.0)
+    (found,) = findings_of(tmp_path)
+    curves = {(curve.key, tuple(cell.label for cell in curve.cells)) for curve in found.curves}
+    assert curves == {
+        ("moe.num_experts", ("num_experts=4,width=64", "num_experts=8,width=64")),
+        ("moe.num_experts", ("num_experts=4,width=128", "num_experts=8,width=128")),
+        ("moe.d_ff_expert", ("num_experts=4,width=64", "num_experts=4,width=128")),
+        ("moe.d_ff_expert", ("num_experts=8,width=64", "num_experts=8,width=128")),
+    }
+
+
+def test_granularities_are_compared_also_beside_another_setting(tmp_path):
+    for g in (4, 1, 2):
+        for weight in (0.0, 0.02):
+            finer = [f"moe.num_experts={8 * g}", f"moe.top_k={2 * g}", f"moe.d_ff_expert={256 // g}"]
+            write_run(tmp_path / f"{g}-{weight}", [*finer, f"moe.aux_loss_coef={weight}"], 0, 3.0)
+    (found,) = findings_of(tmp_path)
+    finer = [
+        (curve.cells[0].config.moe.aux_loss_coef, [cell.config.moe.num_experts for cell in curve.cells])
+        for curve in found.curves
+        if not curve.key
+    ]
+    assert sorted(finer) == [(0.0, [8, 16, 32]), (0.02, [8, 16, 32])]
+
+
+def test_dense_runs_of_another_width_are_another_cell_also_by_shared_experts(tmp_path):
+    write_run(tmp_path / "a", [*SHAPES["dense"][0]], 0, 3.0)
+    write_run(tmp_path / "b", [*SHAPES["dense"][0], "moe.num_shared_experts=1"], 0, 2.9)
+    (found,) = findings_of(tmp_path)
+    totals = [cell.ledger.total for cell in found.cells]
+    assert totals[1] - totals[0] == 4 * 3 * 128 * 512  # by hand: layers, matrices, their sides
+
+
 def test_one_seed_no_common_seed_and_no_dense_run_are_said(tmp_path):
     write_run(tmp_path / "a", SHAPES["8"][0], 0, 2.9)
     (found,) = findings_of(tmp_path)
@@ -200,6 +238,9 @@ def test_one_seed_no_common_seed_and_no_dense_run_are_said(tmp_path):
     said = list(sentences(found))
     assert said[0] == "One seed in common with dense tells no spread; may be chance: num_experts=8."
     assert said[1] == "No seed in common with dense, so not compared: num_experts=16."
+    write_run(tmp_path / "d", SHAPES["16"][0], 0, 2.8)  # one seed in common with 8 experts: no verdict
+    (found,) = findings_of(tmp_path)
+    assert not [one for one in sentences(found) if one.startswith("Step by step")]
 
 
 def test_runs_of_other_settings_are_not_compared(sweep):
@@ -236,14 +277,16 @@ def test_dense_runs_that_differ_in_routing_are_one_cell_and_a_copy_is_left_out(t
 
 def test_the_table_holds_every_cell_and_what_is_unfinished_or_quick_is_said(sweep):
     record = [
-        {"cell": "num_experts=64", "seed": 1, "finished": False},
+        {"cell": "num_experts=64", "seed": 1, "finished": False, "exit_code": 1},
+        {"cell": "num_experts=64", "seed": 2, "finished": False, "exit_code": None},
         {"cell": "x", "seed": 0, "finished": True},
     ]
     (sweep / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in record))
-    (sweep / "plan.json").write_text('{"quick": true, "seeds": [], "cells": {}}')
+    (sweep / "plan.json").write_text('{"quick": true, "cells": {}}')
     said = write_report(sweep)
     assert said[0].startswith("A quick sweep")
-    assert said[1] == "Not finished, and so not counted: num_experts=64 seed 1."
+    failed, missing = "num_experts=64 seed 1 (exit code 1)", "num_experts=64 seed 2"
+    assert said[1] == f"Not finished, and so not counted: {failed}; {missing}."
     page = (sweep / "report.html").read_text()
     assert all(html.escape(one) in page for one in said)
     with (sweep / "results.csv").open() as file:
@@ -253,8 +296,8 @@ def test_the_table_holds_every_cell_and_what_is_unfinished_or_quick_is_said(swee
     assert (eight["experts"], eight["top_k"], eight["seeds"]) == ("8", "2", "3")
     assert eight["baseline"] == "dense,width=512"
     assert float(eight["loss"]) == pytest.approx(2.90)
-    assert (float(eight["usd"]), eight["kwh"]) == (4.5, "")
-    assert float(eight["flops"]) == 3 * 1228800 * 7_498_752
+    assert (float(eight["usd"]), eight["kwh"]) == (1.5, "")
+    assert float(eight["flops"]) == 1228800 * 7_498_752
     assert rows["dense,width=512"]["difference"] == ""
     assert (sweep / "usd.png").exists()
     assert not (sweep / "kwh.png").exists()

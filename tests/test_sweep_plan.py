@@ -89,6 +89,17 @@ def test_granularity_keeps_total_and_active_parameters_but_for_the_router():
         assert ledger.active_all - count(TINY).active_all == (g - 1) * router
 
 
+def test_granularity_splits_shared_experts_too():
+    shared = load_config(CONFIGS / "tiny.yaml", ["model.vocab_size=1024", "moe.num_shared_experts=1"])
+    for hold in ("active_flops", "none"):
+        cell = by_name(plan(shared, {"granularity": [2]}, hold))["granularity=2"]
+        moe = cell.config.moe
+        assert (moe.num_experts, moe.top_k, moe.num_shared_experts, moe.d_ff_expert) == (16, 4, 2, 128)
+        router = 4 * 128 * 8  # layers, width, experts of the reference
+        assert cell.ledger.total - count(shared).total == router
+        assert cell.ledger.active_all - count(shared).active_all == router
+
+
 def test_more_experts_per_token_are_narrower_and_the_gate_rule_stays():
     cells = by_name(plan(TINY, {"moe.top_k": [2, 4, 8]}, "active_flops"))
     assert [cells[f"top_k={k}"].config.moe.d_ff_expert for k in (2, 4, 8)] == [256, 128, 64]

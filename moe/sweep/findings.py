@@ -29,6 +29,7 @@ from moe.telemetry import read_metrics
 
 _WIDTH = "moe.d_ff_expert"
 _EXPERTS = "moe.num_experts"
+_GRANULARITY = (_EXPERTS, "moe.top_k", "moe.num_shared_experts", _WIDTH)  # change together
 _APART = 2  # times the total parameters, at least, between the ends of a power law in them
 
 
@@ -92,9 +93,9 @@ class CellResult:
         return statistics.median(run.summary["tokens_per_s"] for run in self.runs.values())
 
     def cost(self, key: str) -> float | None:
-        """Sum over its seeds of a figure of `cost` in their summaries; None where one does not know it."""
+        """Mean over its seeds of a figure of `cost` in their summaries; None where one does not know it."""
         values = [run.summary.get("cost", {}).get(key) for run in self.runs.values()]
-        return None if None in values else sum(values)
+        return None if None in values else statistics.mean(values)
 
     def mean(self, key: str) -> float | None:
         """Mean of a logged figure over the last tenth of its log and over seeds; None where there is none."""
@@ -107,10 +108,10 @@ class CellResult:
 
 @dataclass(frozen=True)
 class Curve:
-    """Sparse cells that differ in one setting only, but for the width that holds a quantity.
+    """Sparse cells that differ in one setting only, but for the width where that follows from the others.
 
     Attributes:
-        key: the setting; empty where no two cells differ in a single one.
+        key: the setting; empty for several that change together, as those of the granularity do.
         cells: in the order of its values.
         law: for numbers of experts: loss as a power of total parameters, over cells of equal FLOPs, with the
             baseline; None below 3 totals or where the largest is less than twice the smallest.
@@ -286,20 +287,29 @@ def _compare(title: str, cells: list[CellResult]) -> Findings:
 def _curves(sparse: Sequence[CellResult], baseline: CellResult | None) -> list[Curve]:
     settings = {cell: flat_config(cell.config) for cell in sparse}
     varied = _differing([next(iter(cell.runs.values())) for cell in sparse]) if sparse else []
-    varied = [key for key in varied if key != _WIDTH] or varied
+
+    def groups(keys: Sequence[str]) -> list[list[CellResult]]:
+        """Cells that share all but these settings, in the order of their values."""
+        found: dict[str, list[CellResult]] = {}
+        for cell in sparse:
+            others = [settings[cell][key] for key in varied if key not in keys]
+            found.setdefault(json.dumps(others), []).append(cell)
+        return [
+            sorted(cells, key=lambda c: [(settings[c][key] is None, settings[c][key]) for key in keys])
+            for cells in found.values()
+            if len(cells) > 1
+        ]
+
+    without_width = [key for key in varied if key != _WIDTH]
+    if len({json.dumps([settings[cell][key] for key in without_width]) for cell in sparse}) == len(sparse):
+        varied = without_width
     curves = []
     for key in varied:
-        groups: dict[str, list[CellResult]] = {}
-        for cell in sparse:
-            others = [settings[cell][other] for other in varied if other != key]
-            groups.setdefault(json.dumps(others), []).append(cell)
-        for cells in groups.values():
-            if len(cells) > 1:
-                cells.sort(key=lambda cell, key=key: (settings[cell][key] is None, settings[cell][key]))
-                law = _law([*([baseline] if baseline else []), *cells]) if key == _EXPERTS else None
-                curves.append(Curve(key, cells, law))
-    if not curves and len(sparse) > 1:
-        curves.append(Curve("", sorted(sparse, key=lambda cell: cell.config.moe.num_experts), None))
+        for cells in groups([key]):
+            law = _law([*([baseline] if baseline else []), *cells]) if key == _EXPERTS else None
+            curves.append(Curve(key, cells, law))
+    if not any(curve.key in _GRANULARITY for curve in curves):
+        curves += [Curve("", cells, None) for cells in groups(_GRANULARITY)]
     return curves
 
 
@@ -314,7 +324,7 @@ def _law(cells: Sequence[CellResult]) -> PowerLaw | None:
 
 
 def rows(findings: Findings) -> Iterator[dict[str, Any]]:
-    """A row of `results.csv` per cell; FLOPs and cost are summed over its seeds."""
+    """A row of `results.csv` per cell; FLOPs and cost are those of a run, mean over its seeds."""
     for cell in findings.cells:
         moe, ledger = cell.config.moe, cell.ledger
         summaries = [run.summary for run in cell.runs.values()]
@@ -327,17 +337,18 @@ def rows(findings: Findings) -> Iterator[dict[str, Any]]:
             "seeds": len(cell.runs),
             "params_total": ledger.total,
             "params_active": ledger.active_all,
+            "params_active_no_input_emb": ledger.active_no_input_emb,
             "flops_per_token": ledger.flops_per_token_train,
             **_bounds("loss", mean_interval(list(cell.losses.values()))),
             "bits_per_byte": statistics.mean(summary["final_bits_per_byte"] for summary in summaries),
             "baseline": None if findings.baseline is None else findings.baseline.label,
             **_bounds("difference", findings.differences.get(cell.label)),
-            **_bounds("equivalent_dense_params", findings.worth.get(cell.label)),
+            **_bounds("equivalent_dense_params_no_input_emb", findings.worth.get(cell.label)),
             "tokens_per_s": cell.tokens_per_s,
         }
         for key in ("load_imbalance", "dead_experts", "router_entropy", "dropped_fraction"):
             row[key] = cell.mean(f"moe/{key}")
-        row["flops"] = sum(summary["tokens"] for summary in summaries) * ledger.flops_per_token_train
+        row["flops"] = statistics.mean(s["tokens"] for s in summaries) * ledger.flops_per_token_train
         yield row | {key: cell.cost(key) for key in ("device_hours", "usd", "kwh", "tco2e")}
 
 

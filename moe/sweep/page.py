@@ -31,13 +31,14 @@ figcaption { color: #444; font-size: .9rem; }
 
 _QUALITY = {
     "cell": ("cell", str),
+    "seeds": ("seeds", str),
     "params_total": ("parameters, total", short),
     "params_active": ("active", short),
     "flops_per_token": ("FLOPs per token, training", short),
     "loss": ("loss, nats per token", "{:.4f}".format),
     "bits_per_byte": ("bits per byte", "{:.4f}".format),
     "difference": ("against dense", "{:+.4f}".format),
-    "equivalent_dense_params": ("worth a dense one of", short),
+    "equivalent_dense_params_no_input_emb": ("worth a dense one of (active, without input embedding)", short),
 }
 _EFFORT = {
     "cell": ("cell", str),
@@ -115,8 +116,8 @@ def _section(
         "<p>Loss: validation, mean over seeds, with a 95 % interval that holds what seeds vary in all cells "
         "alike. To compare cells, take the differences to dense, which are paired by seed.</p>\n"
         f'<h2>Speed, routing and cost</h2>\n<div class="scroll">{_table(table, _EFFORT)}</div>\n'
-        "<p>FLOPs and cost are summed over seeds; without rates (cost.* in the configuration) there is "
-        f"neither price nor energy.</p>\n<h2>Pictures</h2>\n{figures}"
+        "<p>FLOPs and cost are those of a run, mean over seeds; without rates (cost.* in the configuration) "
+        f"there is neither price nor energy.</p>\n<h2>Pictures</h2>\n{figures}"
     )
 
 

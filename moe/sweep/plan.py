@@ -18,12 +18,19 @@ from moe.config_io import parse_config
 from moe.memory import estimate_memory
 
 Hold = Literal["active_flops", "total_params", "memory", "none"]
-GRANULARITY = "granularity"  # g: E and k times g, width over g (Dai et al. 2024, DeepSeekMoE, section 3.1)
+# g: E, k and shared experts times g, width over g (Dai et al. 2024, DeepSeekMoE, section 3.1)
+GRANULARITY = "granularity"
 TOLERANCE = 0.01
 WIDTH_STEP, WIDEST = 8, 2**14  # WIDEST in steps
 AFFORDABLE = 4  # times the reference's FLOPs, for the dense baseline of equal total parameters
 # What a model without a router has of the section moe.
-DENSE_KEYS = ("moe.num_experts", "moe.d_ff_expert", "moe.every_n_layers", "moe.first_dense_layers")
+DENSE_KEYS = (
+    "moe.num_experts",
+    "moe.num_shared_experts",
+    "moe.d_ff_expert",
+    "moe.every_n_layers",
+    "moe.first_dense_layers",
+)
 _DENSE: dict[str, Any] = {
     "moe.num_experts": 1,
     "moe.top_k": 1,
@@ -146,6 +153,7 @@ def _apply(config: Config, settings: Mapping[str, Any]) -> Config:
     finer = {
         "moe.num_experts": moe.num_experts * factor,
         "moe.top_k": moe.top_k * factor,
+        "moe.num_shared_experts": moe.num_shared_experts * factor,
         "moe.d_ff_expert": moe.d_ff_expert // factor,
     }
     return _with(varied, finer) if factor > 1 else varied

@@ -26,10 +26,10 @@ _HEALTH = {
     "dropped_fraction": "Assignments dropped by capacity (fraction)",
 }
 _COST = {
-    "device_hours": "Device hours, all seeds",
-    "usd": "Price of all seeds (USD)",
-    "kwh": "Energy of all seeds (kWh)",
-    "tco2e": "Emissions of all seeds (t CO2e)",
+    "device_hours": "Device hours of a run",
+    "usd": "Price of a run (USD)",
+    "kwh": "Energy of a run (kWh)",
+    "tco2e": "Emissions of a run (t CO2e)",
 }
 
 
@@ -73,7 +73,8 @@ def _pictures(findings: Findings) -> Iterator[_Picture]:
         "loss_against_parameters",
         f"Final loss against total parameters{' (sparse: equal active FLOPs)' if equal else ''}",
         "Small points are seeds (dense to the left of their mean, sparse to the right), large ones their "
-        "means. Filled: sparse. Hollow: dense, of more FLOPs the larger they are. Dashed: power law, if any.",
+        "means. Filled: sparse. Hollow: dense, of more FLOPs the larger they are. Dashed: a power law, where "
+        "the seeds support one.",
         lambda axes: _against_parameters(axes, findings),
     )
     if baseline is not None and any(d.low is not None for d in findings.differences.values()):
@@ -115,7 +116,8 @@ def _pictures(findings: Findings) -> Iterator[_Picture]:
     for key, title in _COST.items():
         costs = [cost for cell in cells if (cost := cell.cost(key)) is not None]
         if len(costs) == len(cells):
-            yield _Picture(key, title, "", partial(_bars, cells=cells, heights=costs, label=title))
+            fill = partial(_bars, cells=cells, heights=costs, label=title)
+            yield _Picture(key, title, "Mean over seeds.", fill)
 
 
 def _against_parameters(axes: Axes, findings: Findings) -> None:
@@ -140,7 +142,7 @@ def _against_parameters(axes: Axes, findings: Findings) -> None:
     for curve in findings.curves:
         if curve.key == "moe.num_experts":
             _line(axes, curve.cells, "-")
-        if curve.law is not None:
+        if curve.law is not None and not curve.law.may_be_flat:
             at = np.geomspace(*_ends(curve.cells), 50)
             axes.plot(
                 at / 1e6, curve.law.scale * at**curve.law.exponent.mean, "--", color="#888888", linewidth=1

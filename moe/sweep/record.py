@@ -3,8 +3,11 @@
 plan.json  configs/CELL.yaml  runs/CELL/seed-N/  logs/CELL,seed=N.log  results.jsonl  and the report
 """
 
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +26,12 @@ class SweepFolder:
 
     @property
     def plan(self) -> Path:
-        """Every cell that was ever planned here, and all seeds."""
+        """Every cell that was ever planned here, with its seeds."""
         return self.path / "plan.json"
 
     @property
     def results(self) -> Path:
-        """A line per cell and seed, finished or not."""
+        """A line per planned run, finished or not."""
         return self.path / "results.jsonl"
 
     def config(self, cell: str) -> Path:
@@ -64,66 +67,99 @@ class SweepFolder:
                             f"{spelled(value)}; choose another folder",
                         )
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other sweeps out of the folder, which is made where it is missing.
+
+        Raises:
+            ConfigError: one is running there, or the file system refuses.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise self._cannot_write(error) from None
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError("--out", f"another sweep is running in {self.path}; wait for it") from None
+            yield
+        finally:
+            os.close(lock)
+
     def add_plan(self, cells: Sequence[Cell], seeds: Sequence[int], command: Mapping[str, Any]) -> None:
-        """Add cells and seeds to the plan, with the part of the command line that led to them.
+        """Add cells with these seeds to the plan, with the part of the command line that led to them.
 
         Raises:
             ConfigError: the file system refuses.
         """
-        before = self._read_plan()
+        before = self._read_plan()["cells"]
         planned = {
             cell.name: {
                 "settings": dict(cell.settings),
                 "mismatch": cell.mismatch,
                 "is_dense": cell.is_dense,
+                "seeds": sorted({*before.get(cell.name, {"seeds": []})["seeds"], *seeds}),
                 "config": cell.config.model_dump(mode="json"),
             }
             for cell in cells
         }
-        plan = {**command, "seeds": sorted({*before["seeds"], *seeds}), "cells": before["cells"] | planned}
         try:
             for folder in ("configs", "logs"):
-                (self.path / folder).mkdir(parents=True, exist_ok=True)
+                (self.path / folder).mkdir(exist_ok=True)
             for cell in cells:
                 self.config(cell.name).write_text(dump_config(cell.config))
-            write_whole(self.plan, json.dumps(plan, indent=1))
+            write_whole(self.plan, json.dumps({**command, "cells": before | planned}, indent=1))
         except OSError as error:
-            raise ConfigError(
-                "--out", f"cannot write {self.path} ({error.strerror}); choose another"
-            ) from None
+            raise self._cannot_write(error) from None
 
     def write_results(self, exit_codes: Mapping[tuple[str, int], int]) -> None:
         """Write `results.jsonl` anew, in the order of the plan.
 
         Args:
-            exit_codes: of runs of this command that ended, by cell and seed.
+            exit_codes: of runs of this command that ended, by cell and seed; those of earlier commands are
+                kept while their runs are not finished.
         """
-        plan, lines = self._read_plan(), []
-        for cell in plan["cells"]:
-            for seed in plan["seeds"]:
+        known = {(line["cell"], line["seed"]): line.get("exit_code") for line in self._read_results()}
+        lines = []
+        for cell, planned in self._read_plan()["cells"].items():
+            for seed in planned["seeds"]:
                 summary = self.run(cell, seed).summary
                 line = {"cell": cell, "seed": seed, "finished": summary.exists()}
-                if (cell, seed) in exit_codes:
-                    line["exit_code"] = exit_codes[cell, seed]
-                lines.append(line | (json.loads(summary.read_text()) if line["finished"] else {}))
+                if line["finished"]:
+                    line |= json.loads(summary.read_text())
+                else:
+                    line["exit_code"] = exit_codes.get((cell, seed), known.get((cell, seed)))
+                lines.append(line)
         write_whole(self.results, "".join(json.dumps(line) + "\n" for line in lines))
 
     def unfinished(self) -> list[str]:
         """Names of planned runs that are not finished, by the record; none where there is no record."""
-        text = self.results.read_text() if self.results.exists() else ""
-        try:
-            lines = [json.loads(line) for line in text.splitlines()]
-        except ValueError:
-            raise ConfigError("DIR", f"{self.results} is not JSON lines; remove it") from None
-        return [f"{line['cell']} seed {line['seed']}" for line in lines if not line["finished"]]
+        return [
+            f"{line['cell']} seed {line['seed']}"
+            + (f" (exit code {line['exit_code']})" if line.get("exit_code") else "")
+            for line in self._read_results()
+            if not line["finished"]
+        ]
 
     def is_quick(self) -> bool:
         """Whether the runs were cut short by --quick."""
         return bool(self._read_plan().get("quick"))
 
+    def _read_results(self) -> list[dict[str, Any]]:
+        text = self.results.read_text() if self.results.exists() else ""
+        try:
+            return [json.loads(line) for line in text.splitlines()]
+        except ValueError:
+            raise ConfigError("DIR", f"{self.results} is not JSON lines; remove it") from None
+
+    def _cannot_write(self, error: OSError) -> ConfigError:
+        return ConfigError("--out", f"cannot write {self.path} ({error.strerror}); choose another")
+
     def _read_plan(self) -> dict[str, Any]:
         if not self.plan.exists():
-            return {"cells": {}, "seeds": []}
+            return {"cells": {}}
         try:
             return json.loads(self.plan.read_text(encoding="utf-8"))
         except (OSError, ValueError):

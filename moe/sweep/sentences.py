@@ -17,13 +17,10 @@ def sentences(findings: Findings) -> Iterator[str]:
     if len(cells) == 1:
         yield f"{cells[0].label} is compared with nothing: no other run here has its settings outside moe.*."
         return
-    if findings.baseline is None:
-        yield "Nothing is compared with a dense model: there is no dense run."
-    else:
-        yield from _against_dense(findings, findings.baseline)
-    for curve in findings.curves:
-        yield from _along(curve)
-    yield from _equivalents(findings)
+    said = list(_compared_ones(findings))
+    yield from said
+    if intervals := sum(one.count(" [") for one in said):
+        yield f"Of twenty intervals of 95 % one misses by chance; here are {intervals}."
     if findings.baseline is not None:
         yield from _speed(cells, findings.baseline)
     tokens = sorted({run.summary["tokens"] for cell in cells for run in cell.runs.values()})
@@ -31,6 +28,17 @@ def sentences(findings: Findings) -> Iterator[str]:
         f"All this is after {' to '.join(short(t) for t in dict.fromkeys((tokens[0], tokens[-1])))} tokens a "
         "run, with one set of hyperparameters; it says nothing of longer training or of larger models."
     )
+
+
+def _compared_ones(findings: Findings) -> Iterator[str]:
+    """All sentences that hold intervals."""
+    if findings.baseline is None:
+        yield "Nothing is compared with a dense model: there is no dense run."
+    else:
+        yield from _against_dense(findings, findings.baseline)
+    for curve in findings.curves:
+        yield from _along(curve)
+    yield from _equivalents(findings)
 
 
 def _against_dense(findings: Findings, baseline: CellResult) -> Iterator[str]:
@@ -55,7 +63,7 @@ def _against_dense(findings: Findings, baseline: CellResult) -> Iterator[str]:
     if halves:
         yield (
             f"The intervals of sparse models reach {min(halves):.4f} to {max(halves):.4f} nats to either "
-            f"side. Of twenty such intervals one misses by chance; these comparisons are {len(known)}."
+            "side: smaller differences are not resolved."
         )
     same = [
         _compared(cell, dense)
@@ -129,7 +137,7 @@ def _equivalents(findings: Findings) -> Iterator[str]:
     if not findings.worth:
         yield (
             f"What dense size the sparse models are worth is not told by these runs: {through}, which is not "
-            "below zero beyond doubt."
+            "below zero on every seed and beyond doubt."
         )
         return
     found = []

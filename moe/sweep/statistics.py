@@ -8,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+_LARGEST = 1e15  # parameters; what is beyond is noise
 
 
 class Interval(NamedTuple):
@@ -54,13 +55,8 @@ class PowerLaw(NamedTuple):
 
     @property
     def may_be_flat(self) -> bool:
-        """Whether the exponent is not below zero beyond doubt; of one seed, whether it is not below zero."""
-        mean, _, high = self.exponent
-        return (mean if high is None else high) >= 0
-
-    def solve(self, y: float) -> float:
-        """The x at which the law gives y."""
-        return (y / self.scale) ** (1 / self.exponent.mean)
+        """Whether the exponent is not below zero beyond doubt; one seed leaves doubt."""
+        return self.exponent.high is None or self.exponent.high >= 0
 
 
 def fit_power_law(x: Sequence[float], losses: Sequence[Mapping[int, float]]) -> PowerLaw | None:
@@ -89,16 +85,20 @@ def equivalent_size(runs: Mapping[int, float], dense: Mapping[int, Mapping[int, 
 
     Returns:
         Over the seeds that all sizes have. None where there is no such seed, or less than two sizes, or a
-        seed whose loss does not fall with size: without it, the others would be chosen by their outcome.
+        seed whose loss does not fall with size, or so slowly that it gives no size between 1 and `_LARGEST`:
+        without it, the others would be chosen by their outcome.
     """
     seeds = runs.keys() & set.intersection(*(set(losses) for losses in dense.values())) if dense else set()
     sizes = []
     for seed in sorted(seeds):
         of_seed = [{seed: losses[seed]} for losses in dense.values()]
         law = fit_power_law(list(dense), of_seed) if len(dense) > 1 else None
-        if law is None or law.may_be_flat:
+        if law is None or law.exponent.mean >= 0:
             return None
-        sizes.append(math.log(law.solve(runs[seed])))
+        log_size = math.log(runs[seed] / law.scale) / law.exponent.mean
+        if not 0 < log_size < math.log(_LARGEST):
+            return None
+        sizes.append(log_size)
     if not sizes:
         return None
     mean, low, high = mean_interval(sizes)

@@ -1,0 +1,53 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from moe.config import ConfigError
+from moe.config_io import load_config
+from moe.sweep.plan import plan
+from moe.sweep.record import SweepFolder
+
+TINY = load_config(Path(__file__).parent.parent / "configs" / "tiny.yaml", ["model.vocab_size=1024"])
+
+
+def add(folder, experts, seeds):
+    """Plan one cell of so many experts."""
+    name = f"num_experts={experts}"
+    cells = plan(TINY, {"moe.num_experts": [experts]}, "active_flops")
+    folder.add_plan([cell for cell in cells if cell.name == name], seeds, {})
+    return name
+
+
+def lines(folder):
+    return [json.loads(line) for line in folder.results.read_text().splitlines()]
+
+
+def test_a_line_is_a_run_that_somebody_asked_for_and_a_failure_is_kept_until_it_is_mended(tmp_path):
+    folder = SweepFolder(tmp_path)
+    eight = add(folder, 8, [0])
+    folder.write_results({(eight, 0): 1})
+    failed = {"cell": eight, "seed": 0, "finished": False, "exit_code": 1}
+    assert lines(folder) == [failed]
+    sixteen = add(folder, 16, [3])
+    add(folder, 8, [2])
+    folder.write_results({})
+    missing = {"finished": False, "exit_code": None}
+    assert lines(folder) == [
+        failed,
+        {"cell": eight, "seed": 2, **missing},
+        {"cell": sixteen, "seed": 3, **missing},
+    ]
+    assert folder.unfinished() == [f"{eight} seed 0 (exit code 1)", f"{eight} seed 2", f"{sixteen} seed 3"]
+    folder.run(eight, 0).path.mkdir(parents=True)
+    folder.run(eight, 0).summary.write_text('{"final_eval_loss": 3.0}')
+    folder.write_results({})
+    assert lines(folder)[0] == {"cell": eight, "seed": 0, "finished": True, "final_eval_loss": 3.0}
+
+
+def test_a_folder_is_locked_by_one_sweep_at_a_time(tmp_path):
+    folder = SweepFolder(tmp_path / "new")
+    with folder.locked(), pytest.raises(ConfigError, match="another sweep is running"), folder.locked():
+        pass
+    with folder.locked():
+        assert folder.path.is_dir()
