@@ -17,7 +17,7 @@ from moe.tables import plain, short
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-  margin: 0 auto; max-width: 72rem; padding: 1rem; }
+  margin: 0 auto; max-width: 78rem; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
@@ -38,7 +38,7 @@ _QUALITY = {
     "loss": ("loss, nats per token", "{:.4f}".format),
     "bits_per_byte": ("bits per byte", "{:.4f}".format),
     "difference": ("against dense", "{:+.4f}".format),
-    "equivalent_dense_params_no_input_emb": ("worth a dense one of (active, without input embedding)", short),
+    "equivalent_dense_params_no_input_emb": ("worth a dense one of (active, without embedding)", short),
 }
 _EFFORT = {
     "cell": ("cell", str),
