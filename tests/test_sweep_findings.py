@@ -110,6 +110,15 @@ def test_no_size_is_told_where_the_dense_law_may_be_flat(tmp_path, large, told):
     assert ("Worth" in beginnings, "What" in beginnings) == (told, not told)
 
 
+def test_one_seed_tells_no_dense_size(tmp_path):
+    for name, loss in (("dense", 3.0), ("dense,large", 2.8), ("8", 2.9)):
+        write_run(tmp_path / name, SHAPES[name][0], 0, loss)
+    (found,) = findings_of(tmp_path)
+    assert found.worth == {}
+    (sentence,) = (one for one in sentences(found) if one.startswith("What dense size"))
+    assert sentence.endswith("one seed tells no spread.")
+
+
 def test_the_sentences_tell_better_from_worse_and_from_unclear(sweep):
     for seed, loss in enumerate((3.10, 3.15, 3.05)):
         write_run(sweep / f"bad-{seed}", ["moe.num_experts=32"], seed, loss)

@@ -135,10 +135,10 @@ def _equivalents(findings: Findings) -> Iterator[str]:
         f"exponent {with_bounds(law.exponent)}"
     )
     if not findings.worth:
-        yield (
-            f"What dense size the sparse models are worth is not told by these runs: {through}, which is not "
-            "below zero on every seed and beyond doubt."
-        )
+        why = ", which is not below zero on every seed and beyond doubt"
+        if law.exponent.low is None:
+            why = "; one seed tells no spread"
+        yield f"What dense size the sparse models are worth is not told by these runs: {through}{why}."
         return
     found = []
     for label, size in findings.worth.items():
