@@ -45,6 +45,17 @@ def test_a_line_is_a_run_that_somebody_asked_for_and_a_failure_is_kept_until_it_
     assert lines(folder)[0] == {"cell": eight, "seed": 0, "finished": True, "final_eval_loss": 3.0}
 
 
+def test_a_plan_with_one_list_of_seeds_for_all_cells_goes_on(tmp_path):
+    folder = SweepFolder(tmp_path)
+    eight = add(folder, 8, [0])
+    plan = json.loads(folder.plan.read_text())
+    del plan["cells"][eight]["seeds"]
+    folder.plan.write_text(json.dumps(plan | {"seeds": [1, 2]}))
+    sixteen = add(folder, 16, [3])
+    folder.write_results({})
+    assert [(line["cell"], line["seed"]) for line in lines(folder)] == [(eight, 1), (eight, 2), (sixteen, 3)]
+
+
 def test_a_folder_is_locked_by_one_sweep_at_a_time(tmp_path):
     folder = SweepFolder(tmp_path / "new")
     with folder.locked(), pytest.raises(ConfigError, match="another sweep is running"), folder.locked():

@@ -161,9 +161,12 @@ class SweepFolder:
         if not self.plan.exists():
             return {"cells": {}}
         try:
-            return json.loads(self.plan.read_text(encoding="utf-8"))
+            plan = json.loads(self.plan.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise ConfigError("--out", f"{self.plan} is not JSON; remove it to plan anew") from None
+        for cell in plan["cells"].values():
+            cell.setdefault("seeds", plan.get("seeds"))  # the first plans had one list for all cells
+        return plan
 
 
 def write_whole(path: Path, text: str) -> None:
