@@ -17,7 +17,7 @@ def sentences(findings: Findings) -> Iterator[str]:
     if len(cells) == 1:
         yield f"{cells[0].label} is compared with nothing: no other run here has its settings outside moe.*."
         return
-    said = list(_compared_ones(findings))
+    said = list(_with_intervals(findings))
     yield from said
     if intervals := sum(one.count(" [") for one in said):
         yield f"Of twenty intervals of 95 % one misses by chance; here are {intervals}."
@@ -30,7 +30,7 @@ def sentences(findings: Findings) -> Iterator[str]:
     )
 
 
-def _compared_ones(findings: Findings) -> Iterator[str]:
+def _with_intervals(findings: Findings) -> Iterator[str]:
     """All sentences that hold intervals."""
     if findings.baseline is None:
         yield "Nothing is compared with a dense model: there is no dense run."
