@@ -21,26 +21,26 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from moe.accounting import count
-from moe.checkpoint import newest_checkpoint, on_all_ranks, save_checkpoint, set_aside_newer
-from moe.config import Config, ConfigError
-from moe.config_io import OneLineParser, describe_keys, dump_config, load_config
-from moe.cost import find_gpu
+from moe.accounting.cost import find_gpu
+from moe.accounting.counts import count
+from moe.checkpoint.manifest import CheckpointError
+from moe.checkpoint.saving import newest_checkpoint, on_all_ranks, save_checkpoint, set_aside_newer
+from moe.config.loading import OneLineParser, describe_keys, dump_config, load_config
+from moe.config.schema import Config, ConfigError
+from moe.data.token_cache import TokenizedCorpus, num_samples, prepare_corpus, read_samples, sample_ids
 from moe.data.tokenizer import vocabulary_size
-from moe.data.tokens import TokenizedCorpus, num_samples, prepare_corpus, read_samples, sample_ids
-from moe.dispatch import choose_dispatcher
+from moe.dispatch.all_to_all import choose_dispatcher
 from moe.distributed.launch import choose_device, leave, why_lost, world_size
 from moe.distributed.topology import Topology
-from moe.engine import Engine, start
-from moe.evaluation import evaluate
-from moe.manifest import CheckpointError
-from moe.ops.grouped_mm import choose_expert_path
-from moe.optim import learning_rate
-from moe.plots import plot_losses
-from moe.reporting import describe, summarize, write_samples
-from moe.run_folder import all_damaged, open_run
-from moe.telemetry import MetricsLog, StepMeter, describe_environment, read_metrics
-from moe.transformer import Transformer, init_weights
+from moe.model.grouped_mm import choose_expert_path
+from moe.model.transformer import Transformer, init_weights
+from moe.runs.loss_plot import plot_losses
+from moe.runs.metrics_log import MetricsLog, StepMeter, describe_environment, read_metrics
+from moe.runs.run_folder import all_damaged, open_run
+from moe.runs.summary import describe, summarize, write_samples
+from moe.training.engine import Engine, start
+from moe.training.evaluation import evaluate
+from moe.training.optimizer import learning_rate
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended

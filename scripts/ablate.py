@@ -19,20 +19,20 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moe.accounting import count
-from moe.config import Config, ConfigError
-from moe.config_io import OneLineParser, load_config, override_value, parse_config, positive_int
+from moe.ablation.ablation_folder import SweepFolder
+from moe.ablation.cells import GRANULARITY, Cell, plan
+from moe.ablation.html_report import write_report
+from moe.ablation.runner import Sweep, Task
+from moe.accounting.counts import count
+from moe.accounting.memory import estimate_memory
+from moe.config.loading import OneLineParser, load_config, override_value, parse_config, positive_int
+from moe.config.schema import Config, ConfigError
 from moe.data.tokenizer import with_vocabulary
-from moe.dispatch import LocalDispatcher
+from moe.dispatch.all_to_all import LocalDispatcher
 from moe.distributed.launch import choose_device
-from moe.memory import estimate_memory
-from moe.ops.grouped_mm import choose_expert_path
-from moe.sweep.page import write_report
-from moe.sweep.plan import GRANULARITY, Cell, plan
-from moe.sweep.record import SweepFolder
-from moe.sweep.runner import Sweep, Task
+from moe.model.grouped_mm import choose_expert_path
+from moe.model.transformer import Transformer, init_weights
 from moe.tables import align, gib, plain, short
-from moe.transformer import Transformer, init_weights
 
 ROOT = Path(__file__).parent.parent
 QUICK = 10  # times fewer steps

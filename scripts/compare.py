@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moe.config import ConfigError
-from moe.config_io import OneLineParser, load_config
-from moe.run_folder import RunFolder
-from moe.sweep.statistics import paired_difference, with_bounds
+from moe.ablation.statistics import paired_difference, with_bounds
+from moe.config.loading import OneLineParser, load_config
+from moe.config.schema import ConfigError
+from moe.runs.run_folder import RunFolder
 
 
 def main(arguments: list[str]) -> int:

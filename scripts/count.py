@@ -15,12 +15,12 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moe.accounting import PARTS, Ledger, count
-from moe.config import Config, ConfigError, CostConfig
-from moe.config_io import OneLineParser, fraction, load_config, parse_config, positive, positive_int
-from moe.cost import GPU, GPUS, known_gpu, projected_cost
+from moe.accounting.cost import GPU, GPUS, known_gpu, projected_cost
+from moe.accounting.counts import PARTS, Ledger, count
+from moe.accounting.memory import USABLE, Placement, placements
+from moe.config.loading import OneLineParser, fraction, load_config, parse_config, positive, positive_int
+from moe.config.schema import Config, ConfigError, CostConfig
 from moe.data.tokenizer import with_vocabulary
-from moe.memory import USABLE, Placement, placements
 from moe.tables import align, gib, plain, short
 
 SHOWN = 8  # placements, best first
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
             named = "name" in config.run.model_fields_set
             models.append((replace(count(config), name=config.run.name if named else path.stem), config))
         if options.hf:
-            from moe.huggingface import count_huggingface  # needs torch and transformers
+            from moe.accounting.huggingface import count_huggingface  # needs torch and transformers
 
             models += [(count_huggingface(source, options.seq_len or 4096), None) for source in options.hf]
         records = [

@@ -25,18 +25,18 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from moe.checkpoint import Checkpoint, newest_checkpoint
-from moe.config import Config, ConfigError
-from moe.config_io import OneLineParser, load_config
+from moe.accounting.memory import estimate_memory
+from moe.checkpoint.saving import Checkpoint, newest_checkpoint
+from moe.config.loading import OneLineParser, load_config
+from moe.config.schema import Config, ConfigError
+from moe.data.token_cache import TokenizedCorpus, num_samples, prepare_corpus, read_samples, sample_ids
 from moe.data.tokenizer import vocabulary_size
-from moe.data.tokens import TokenizedCorpus, num_samples, prepare_corpus, read_samples, sample_ids
-from moe.dispatch import LocalDispatcher
+from moe.dispatch.all_to_all import LocalDispatcher
 from moe.distributed.launch import choose_device
-from moe.layer import MoELayer
-from moe.memory import estimate_memory
-from moe.ops.grouped_mm import choose_expert_path
-from moe.telemetry import read_metrics
-from moe.transformer import Transformer, init_weights
+from moe.model.grouped_mm import choose_expert_path
+from moe.model.moe_layer import MoELayer
+from moe.model.transformer import Transformer, init_weights
+from moe.runs.metrics_log import read_metrics
 
 # Largest differences that rounding explains over the steps: loss and norm relative, weights absolute.
 BOUNDS = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (1e-2, 5e-1, 1e-1)}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from moe.config import ConfigError
-from moe.config_io import OneLineParser
+from moe.config.loading import OneLineParser
+from moe.config.schema import ConfigError
 from moe.data.tokenizer import end_token
-from moe.generation import generate, load_model
+from moe.inference.generation import generate, load_model
 
 
 def main(arguments: list[str]) -> int:

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moe.accounting import count
-from moe.config import Config, ConfigError, CostConfig
-from moe.config_io import OneLineParser, fraction, parse_config, positive, positive_int
-from moe.cost import GPU, GPUS, HOUR, known_gpu, projected_cost
-from moe.memory import USABLE, placements
-from moe.scaling import (
+from moe.accounting.cost import GPU, GPUS, HOUR, known_gpu, projected_cost
+from moe.accounting.counts import count
+from moe.accounting.memory import USABLE, placements
+from moe.accounting.scaling_laws import (
     CHINCHILLA_PARAMS,
     CHINCHILLA_TOKENS,
     CLARK_EXPERTS,
@@ -27,6 +25,8 @@ from moe.scaling import (
     compute_optimal,
     effective_params,
 )
+from moe.config.loading import OneLineParser, fraction, parse_config, positive, positive_int
+from moe.config.schema import Config, ConfigError, CostConfig
 from moe.tables import align, gib, short
 
 # Tokens/s of a sparse model over those of a dense one of equal active FLOPs: OLMoE on H100 (23,600 / 37,500;

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moe.config import ConfigError
-from moe.config_io import OneLineParser
-from moe.sweep.page import write_report
+from moe.ablation.html_report import write_report
+from moe.config.loading import OneLineParser
+from moe.config.schema import ConfigError
 
 
 def main(arguments: list[str]) -> int:

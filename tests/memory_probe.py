@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from moe.config_io import load_config
-from moe.dispatch import choose_dispatcher
-from moe.engine import Engine, start
-from moe.memory import estimate_memory
-from moe.ops.grouped_mm import choose_expert_path
-from moe.transformer import Transformer, init_weights
+from moe.accounting.memory import estimate_memory
+from moe.config.loading import load_config
+from moe.dispatch.all_to_all import choose_dispatcher
+from moe.model.grouped_mm import choose_expert_path
+from moe.model.transformer import Transformer, init_weights
+from moe.training.engine import Engine, start
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 

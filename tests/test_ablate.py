@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import train
-from moe.config_io import load_config
-from moe.sweep.record import SweepFolder
+from moe.ablation.ablation_folder import SweepFolder
+from moe.config.loading import load_config
 from scripts.ablate import main, shortened
 from scripts.report import main as report
 from tests.conftest import read_lines

@@ -8,10 +8,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.accounting import count
-from moe.config_io import load_config, parse_config
-from moe.dispatch import LocalDispatcher
-from moe.transformer import Transformer
+from moe.accounting.counts import count
+from moe.config.loading import load_config, parse_config
+from moe.dispatch.all_to_all import LocalDispatcher
+from moe.model.transformer import Transformer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from moe.attention import Attention, apply_rotary, rotary_tables
-from moe.config import ModelConfig
-from moe.transformer import init_weights
+from moe.config.schema import ModelConfig
+from moe.model.attention import Attention, apply_rotary, rotary_tables
+from moe.model.transformer import init_weights
 
 
 def plain_attention(layer, hidden, model):

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 import train
-from moe.config import Config, ConfigError, moe_layers
-from moe.config_io import describe_keys, dump_config, flat_config, load_config, parse_config
+from moe.config.loading import describe_keys, dump_config, flat_config, load_config, parse_config
+from moe.config.schema import Config, ConfigError, moe_layers
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
 

@@ -1,7 +1,7 @@
 import pytest
 
-from moe.config import CostConfig
-from moe.cost import GPU, find_gpu, known_gpu, projected_cost, training_cost
+from moe.accounting.cost import GPU, find_gpu, known_gpu, projected_cost, training_cost
+from moe.config.schema import CostConfig
 
 DAY = 86_400.0
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import tokenizers
 
-from moe.config import ConfigError
-from moe.config_io import parse_config
+from moe.config.loading import parse_config
+from moe.config.schema import ConfigError
 from moe.data import corpus, tokens
 from moe.data.corpus import open_corpus
+from moe.data.token_cache import num_samples, prepare_corpus, read_samples, sample_ids, validation_ids
 from moe.data.tokenizer import vocabulary_size
-from moe.data.tokens import num_samples, prepare_corpus, read_samples, sample_ids, validation_ids
 
 
 def make_config(cache_dir, **data):

@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe.checkpoint import newest_checkpoint, save_checkpoint
-from moe.config import ConfigError
-from moe.config_io import parse_config
-from moe.dispatch import LocalDispatcher
+from moe.checkpoint.manifest import CheckpointError
+from moe.checkpoint.saving import newest_checkpoint, save_checkpoint
+from moe.config.loading import parse_config
+from moe.config.schema import ConfigError
+from moe.dispatch.all_to_all import LocalDispatcher
 from moe.distributed.launch import world_size
-from moe.engine import Engine, start
-from moe.manifest import CheckpointError
-from moe.optim import learning_rate, parameter_groups
-from moe.transformer import Transformer, init_weights
+from moe.model.transformer import Transformer, init_weights
+from moe.training.engine import Engine, start
+from moe.training.optimizer import learning_rate, parameter_groups
 
 
 def make_config(**sections):
@@ -262,7 +262,7 @@ def test_one_process_needs_no_launcher_compiler_or_mpi_and_deepspeed_keeps_quiet
         cpp.load = cpp.load_inline = refuse
         from tests.test_engine import make_config, make_model, run_engine
         from moe.distributed.launch import leave
-        from moe.engine import Engine, start
+        from moe.training.engine import Engine, start
         config = make_config()
         run_engine(Engine(make_model(config), config, start(config.parallel)), config, 2)
         leave()

@@ -20,11 +20,11 @@ import torch
 from torch.distributed.distributed_c10d import _world
 
 import train
-from moe.config_io import load_config
-from moe.data.tokens import num_samples, prepare_corpus
-from moe.dispatch import choose_dispatcher
-from moe.engine import Engine, start
-from moe.transformer import Transformer
+from moe.config.loading import load_config
+from moe.data.token_cache import num_samples, prepare_corpus
+from moe.dispatch.all_to_all import choose_dispatcher
+from moe.model.transformer import Transformer
+from moe.training.engine import Engine, start
 from tests.conftest import read_lines
 from tests.ranks import run_ranks, start_ranks
 from tests.test_engine import batches, loss_of, make_config

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moe.generation import _sample, generate
+from moe.inference.generation import _sample, generate
 from tests.test_transformer import make_model
 
 PROMPT = torch.tensor([1, 2, 3])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moe.ops.grouped_mm import choose_expert_path, grouped_mm, grouped_mm_reference
+from moe.model.grouped_mm import choose_expert_path, grouped_mm, grouped_mm_reference
 
 TOLERANCE = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2e-2, atol=2e-2)}
 COUNTS = {

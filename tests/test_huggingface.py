@@ -16,9 +16,9 @@ import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.accounting import PARTS
-from moe.config import ConfigError
-from moe.huggingface import count_huggingface
+from moe.accounting.counts import PARTS
+from moe.accounting.huggingface import count_huggingface
+from moe.config.schema import ConfigError
 
 
 def parsed(text):
@@ -780,7 +780,7 @@ def test_importing_the_module_imports_neither_torch_nor_transformers():
 
 MEASURE = """
 import resource, sys, time
-from moe.huggingface import count_huggingface
+from moe.accounting.huggingface import count_huggingface
 count_huggingface(sys.argv[1], 4096)
 for source in sys.argv[1:]:
     start = time.perf_counter()

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe.config import ConfigError
-from moe.config_io import load_config, parse_config
-from moe.cost import known_gpu
-from moe.dispatch import LocalDispatcher
-from moe.memory import USABLE, estimate_memory, estimate_wire, placements, rows_per_token
-from moe.ops.grouped_mm import choose_expert_path
-from moe.transformer import Transformer, init_weights
+from moe.accounting.cost import known_gpu
+from moe.accounting.memory import USABLE, estimate_memory, estimate_wire, placements, rows_per_token
+from moe.config.loading import load_config, parse_config
+from moe.config.schema import ConfigError
+from moe.dispatch.all_to_all import LocalDispatcher
+from moe.model.grouped_mm import choose_expert_path
+from moe.model.transformer import Transformer, init_weights
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +90,7 @@ def _reduced(calls):
     """Bytes that this rank sends in a ring for the all-reduces of one optimizer step, and the estimate."""
     import torch.distributed as dist
 
-    from moe.engine import Engine, start
+    from moe.training.engine import Engine, start
     from tests.memory_probe import CONFIG, train
 
     results, real_reduce, real_step = [], dist.all_reduce, Engine.step

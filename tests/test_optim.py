@@ -3,11 +3,11 @@ import math
 
 import pytest
 
-from moe.config import OptimConfig
-from moe.config_io import parse_config
-from moe.dispatch import LocalDispatcher
-from moe.optim import learning_rate, parameter_groups
-from moe.transformer import Transformer
+from moe.config.loading import parse_config
+from moe.config.schema import OptimConfig
+from moe.dispatch.all_to_all import LocalDispatcher
+from moe.model.transformer import Transformer
+from moe.training.optimizer import learning_rate, parameter_groups
 
 
 def test_every_parameter_is_in_exactly_one_group_and_norms_are_never_decayed():

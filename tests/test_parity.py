@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import train
-from moe import reporting
-from moe.dispatch import choose_dispatcher
-from moe.engine import Engine, start
-from moe.transformer import Transformer, init_weights
+from moe.dispatch.all_to_all import choose_dispatcher
+from moe.model.transformer import Transformer, init_weights
+from moe.runs import summary as reporting
+from moe.training.engine import Engine, start
 from tests.conftest import read_lines
 from tests.ranks import run_ranks
 from tests.test_engine import batches, loss_of, make_config

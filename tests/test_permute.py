@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moe.ops.permute import (
+from moe.dispatch.permutation import (
     permute,
     permute_reference,
     plan_permutation,

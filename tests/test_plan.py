@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from moe.scaling import compute_optimal, effective_params
+from moe.accounting.scaling_laws import compute_optimal, effective_params
 from scripts.plan import main
 
 H100S = ["--gpu", "h100", "--gpus", "64"]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moe.router import Router
+from moe.model.router import Router
 
 
 def make_router(top_k, normalize, num_experts=4, dtype=torch.float32):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from moe.scaling import chinchilla_loss, compute_optimal, effective_params
+from moe.accounting.scaling_laws import chinchilla_loss, compute_optimal, effective_params
 
 
 def test_chinchillas_own_point():

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from moe.accounting import count
-from moe.config import ConfigError
-from moe.config_io import dump_config, load_config
-from moe.sweep.findings import analyse, read_runs
-from moe.sweep.page import write_report
-from moe.sweep.sentences import sentences
+from moe.ablation.comparison import analyse, read_runs
+from moe.ablation.conclusions import sentences
+from moe.ablation.html_report import write_report
+from moe.accounting.counts import count
+from moe.config.loading import dump_config, load_config
+from moe.config.schema import ConfigError
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 SHAPES = {  # losses of seeds 0, 1, 2

@@ -5,13 +5,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.accounting import count
-from moe.config import ConfigError
-from moe.config_io import load_config
-from moe.dispatch import LocalDispatcher
-from moe.memory import estimate_memory
-from moe.sweep.plan import plan
-from moe.transformer import Transformer, init_weights
+from moe.ablation.cells import plan
+from moe.accounting.counts import count
+from moe.accounting.memory import estimate_memory
+from moe.config.loading import load_config
+from moe.config.schema import ConfigError
+from moe.dispatch.all_to_all import LocalDispatcher
+from moe.model.transformer import Transformer, init_weights
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = load_config(CONFIGS / "tiny.yaml", ["model.vocab_size=1024"])

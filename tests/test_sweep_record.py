@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from moe.config import ConfigError
-from moe.config_io import load_config
-from moe.sweep.plan import plan
-from moe.sweep.record import SweepFolder
+from moe.ablation.ablation_folder import SweepFolder
+from moe.ablation.cells import plan
+from moe.config.loading import load_config
+from moe.config.schema import ConfigError
 
 TINY = load_config(Path(__file__).parent.parent / "configs" / "tiny.yaml", ["model.vocab_size=1024"])
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moe.sweep.statistics import equivalent_size, fit_power_law, mean_interval, paired_difference
+from moe.ablation.statistics import equivalent_size, fit_power_law, mean_interval, paired_difference
 
 RUNS = {0: 3.21, 1: 3.25, 2: 3.18, 3: 3.30}
 BASE = {0: 3.26, 1: 3.28, 2: 3.24, 3: 3.33}

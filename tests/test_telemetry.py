@@ -6,9 +6,9 @@ import types
 import pytest
 import torch
 
-from moe.config_io import parse_config
-from moe.layer import MoEAux
-from moe.telemetry import MetricsLog, StepMeter, describe_environment, read_metrics
+from moe.config.loading import parse_config
+from moe.model.moe_layer import MoEAux
+from moe.runs.metrics_log import MetricsLog, StepMeter, describe_environment, read_metrics
 from tests.conftest import read_lines
 
 
@@ -121,7 +121,7 @@ def test_wandb_online_without_a_key_never_asks_on_the_terminal(run_main, monkeyp
 
 
 def test_a_blocking_wandb_never_blocks_the_run(run_main, monkeypatch):
-    monkeypatch.setattr("moe.telemetry._WANDB_PATIENCE_S", 0.5)
+    monkeypatch.setattr("moe.runs.metrics_log._WANDB_PATIENCE_S", 0.5)
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(init=lambda: time.sleep(60)))
     start = time.perf_counter()
     assert run_main("train.steps=3", "log.wandb=online")[0] == 0

@@ -11,17 +11,17 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from moe.checkpoint import (
+from moe.checkpoint.manifest import CheckpointError
+from moe.checkpoint.saving import (
     Fragment,
     newest_checkpoint,
     open_checkpoint,
     save_checkpoint,
 )
-from moe.dispatch import LocalDispatcher, choose_dispatcher
-from moe.engine import Engine, start
-from moe.manifest import CheckpointError
-from moe.optim import learning_rate
-from moe.transformer import Transformer, init_weights
+from moe.dispatch.all_to_all import LocalDispatcher, choose_dispatcher
+from moe.model.transformer import Transformer, init_weights
+from moe.training.engine import Engine, start
+from moe.training.optimizer import learning_rate
 from tests.ranks import run_ranks
 from tests.test_checkpoint import whole_tensors
 from tests.test_engine import batches, loss_of, make_config

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import train
-from moe.checkpoint import newest_checkpoint
-from moe.engine import Engine
-from moe.generation import load_model
-from moe.transformer import init_weights
+from moe.checkpoint.saving import newest_checkpoint
+from moe.inference.generation import load_model
+from moe.model.transformer import init_weights
+from moe.training.engine import Engine
 from tests.conftest import read_lines
 
 ROOT = Path(__file__).parent.parent

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe.accounting import count
-from moe.config_io import load_config, parse_config
-from moe.dispatch import LocalDispatcher
-from moe.transformer import Transformer, init_weights
+from moe.accounting.counts import count
+from moe.config.loading import load_config, parse_config
+from moe.dispatch.all_to_all import LocalDispatcher
+from moe.model.transformer import Transformer, init_weights
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = {

@@ -1,1 +1,1 @@
-"""From a source of text to batches of token ids: corpus, tokenizer, token cache, sample order."""
+"""Text to tokens to samples."""

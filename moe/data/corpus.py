@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from moe.config import ConfigError, DataConfig
-from moe.config_io import first_line
+from moe.config.loading import first_line
+from moe.config.schema import ConfigError, DataConfig
 
 Split = Literal["train", "validation"]
 VALIDATION_SHARE = 20  # one document in this many

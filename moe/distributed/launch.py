@@ -11,8 +11,8 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 from torch.distributed.rendezvous import rendezvous
 
-from moe.config import ConfigError, ParallelConfig
-from moe.config_io import first_line
+from moe.config.loading import first_line
+from moe.config.schema import ConfigError, ParallelConfig
 
 _PATIENCE_S = 5.0
 

@@ -1,0 +1,1 @@
+"""Ablations of expert settings: the cells, their runs, the statistics and the report."""

@@ -1,0 +1,151 @@
+"""The report of a sweep: `report.html` that opens without a network, `results.csv`, PNGs."""
+
+import csv
+import html
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moe.ablation.ablation_folder import SweepFolder
+from moe.ablation.comparison import Findings, analyse, read_runs, rows
+from moe.ablation.conclusions import sentences
+from moe.ablation.figures import draw
+from moe.config.schema import ConfigError
+from moe.tables import plain, short
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+  margin: 0 auto; max-width: 78rem; padding: 1rem; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+th { white-space: normal; }
+thead th { border-bottom: 2px solid #444; vertical-align: bottom; }
+figure { margin: 1.2rem 0; } img { width: 100%; min-width: 34rem; max-width: 48rem; height: auto; }
+figcaption { color: #444; font-size: .9rem; }
+"""
+
+_QUALITY = {
+    "cell": ("cell", str),
+    "seeds": ("seeds", str),
+    "params_total": ("parameters, total", short),
+    "params_active": ("active", short),
+    "flops_per_token": ("FLOPs per token, training", short),
+    "loss": ("loss, nats per token", "{:.4f}".format),
+    "bits_per_byte": ("bits per byte", "{:.4f}".format),
+    "difference": ("against dense", "{:+.4f}".format),
+    "equivalent_dense_params_no_input_emb": ("worth a dense one of (active, without embedding)", short),
+}
+_EFFORT = {
+    "cell": ("cell", str),
+    "tokens_per_s": ("tokens per second", plain),
+    "load_imbalance": ("load, busiest over mean", "{:.2f}".format),
+    "dead_experts": ("dead experts", "{:.1f}".format),
+    "router_entropy": ("router entropy, nats", "{:.2f}".format),
+    "dropped_fraction": ("dropped", "{:.2%}".format),
+    "flops": ("FLOPs, training", "{:.2e}".format),
+    "device_hours": ("device hours", plain),
+    "usd": ("USD", plain),
+    "kwh": ("kWh", plain),
+    "tco2e": ("tCO2e", "{:.2g}".format),
+}
+
+
+def write_report(root: Path) -> list[str]:
+    """Report every finished run below a folder, into that folder; what the report says.
+
+    Raises:
+        ConfigError: there is none, or the folder cannot be written.
+    """
+    runs, left_out = read_runs(root)
+    sets, record = analyse(runs), SweepFolder(root)
+    notes, said, table, sections = [], [], [], []
+    if record.is_quick():
+        notes.append(
+            "A quick sweep, of models far from converged: neither the size of the differences nor the order "
+            "of close cells carries over to the whole training."
+        )
+    if unfinished := record.unfinished():
+        notes.append(f"Not finished, and so not counted: {'; '.join(unfinished)}.")
+    if left_out:
+        places = "; ".join(str(path.relative_to(root)) for path in left_out)
+        notes.append(f"Left out, as another run has the same settings and seed: {places}.")
+    try:
+        for number, findings in enumerate(sets, 1):
+            some, sentence = list(rows(findings)), list(sentences(findings))
+            pictures = draw(findings, root, f"_{number}" if len(sets) > 1 else "")
+            sections.append(_section(findings, some, sentence, pictures))
+            table += some
+            said += sentence
+        with (root / "results.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, table[0])
+            writer.writeheader()
+            writer.writerows(table)
+        title = html.escape(root.resolve().name)
+        page = (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{title}</title><style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n"
+            + "".join(f"<p><strong>{html.escape(note)}</strong></p>\n" for note in notes)
+            + "<hr>\n".join(sections)
+            + "</body></html>\n"
+        )
+        (root / "report.html").write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("DIR", f"the report cannot be written to {root} ({error.strerror})") from None
+    return notes + said
+
+
+def _section(
+    findings: Findings, table: list[dict[str, Any]], said: list[str], pictures: list[tuple[Path, str]]
+) -> str:
+    figures = "".join(
+        f'<figure><div class="scroll"><img alt="{html.escape(caption)}" src="data:image/png;base64,'
+        f'{b64encode(path.read_bytes()).decode()}"></div><figcaption>{html.escape(caption)}</figcaption>'
+        "</figure>\n"
+        for path, caption in pictures
+    )
+    return (
+        f"<p>{html.escape(_opening(findings))}</p>\n"
+        "<h2>What it shows</h2>\n<ul>" + "".join(f"<li>{html.escape(one)}</li>\n" for one in said) + "</ul>\n"
+        f'<h2>Quality</h2>\n<div class="scroll">{_table(table, _QUALITY)}</div>\n'
+        "<p>Loss: validation, mean over seeds, with a 95 % interval that holds what seeds vary in all cells "
+        "alike. To compare cells, take the differences to dense, which are paired by seed.</p>\n"
+        f'<h2>Speed, routing and cost</h2>\n<div class="scroll">{_table(table, _EFFORT)}</div>\n'
+        "<p>FLOPs and cost are those of a run, mean over seeds; without rates (cost.* in the configuration) "
+        f"there is neither price nor energy.</p>\n<h2>Pictures</h2>\n{figures}"
+    )
+
+
+def _opening(findings: Findings) -> str:
+    cells = findings.cells
+    run = next(iter(cells[0].runs.values()))
+    seeds = sorted({seed for cell in cells for seed in cell.runs})
+    settings = f"{findings.title}: " if findings.title else ""
+    return (
+        f"{settings}{sum(len(cell.runs) for cell in cells)} runs of {len(cells)} cells, "
+        f"seeds {', '.join(map(str, seeds))}, {short(run.summary['tokens'])} tokens each of "
+        f"{run.config.data.source}. Runs of one seed share their batches and all initial weights outside "
+        "experts and routers; all runs share the validation text."
+    )
+
+
+def _table(table: list[dict[str, Any]], columns: Mapping[str, Any]) -> str:
+    shown = {key: how for key, how in columns.items() if any(row[key] is not None for row in table)}
+    head = "".join(f"<th>{html.escape(title)}</th>" for title, _ in shown.values())
+    body = "".join(
+        "<tr>" + "".join(f"<td>{cell}</td>" for cell in _cells(row, shown)) + "</tr>\n" for row in table
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
+
+
+def _cells(row: dict[str, Any], shown: Mapping[str, Any]) -> Iterator[str]:
+    for key, (_, form) in shown.items():
+        text = "" if row[key] is None else form(row[key])
+        if row.get(f"{key}_low") is not None:
+            text += f" [{form(row[f'{key}_low'])}, {form(row[f'{key}_high'])}]"
+        yield html.escape(text)

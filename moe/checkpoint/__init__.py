@@ -1,0 +1,1 @@
+"""Checkpoints: what is saved, and whether it can be trusted."""

@@ -1,0 +1,1 @@
+"""Loading a trained run and generating text from it."""

@@ -1,0 +1,95 @@
+"""Grouped-query attention with rotary positions.
+
+Shape suffixes: B sequences, S positions, H query heads, G key and value heads, Q head width, D d_model.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from moe.config.schema import ModelConfig
+
+NORM_EPS = 1e-5
+
+
+def rotary_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles `position * theta ** (-2 i / Q)` (Su et al. 2021, eq. 15).
+
+    Computed per forward pass rather than kept in a buffer: a bf16 engine would round a buffer, and in bf16
+    neighbouring positions past 256 are the same number.
+
+    Returns:
+        Two tensors (S, Q / 2), fp32.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    positions = torch.arange(seq_len, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, theta**-exponents)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate dimension i against i + Q / 2 by the position's angle, in fp32.
+
+    Args:
+        heads: (B, H, S, Q), any float type.
+        rotary: what `rotary_tables` returned for these S positions.
+
+    Returns:
+        (B, H, S, Q), same dtype.
+    """
+    cos, sin = rotary
+    first, second = heads.to(torch.promote_types(heads.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; G key and value heads serve H query heads (Ainslie et al. 2023).
+
+    Args:
+        model: the section `model` of the configuration. With `qk_norm`, queries and keys pass an RMSNorm
+            before rotation, per head or, with `qk_norm_scope: all_heads`, over all heads together.
+    """
+
+    def __init__(self, model: ModelConfig):
+        super().__init__()
+        self.head_dim = model.head_dim
+        self.query = nn.Linear(model.d_model, model.n_heads * model.head_dim, bias=False)
+        self.key = nn.Linear(model.d_model, model.n_kv_heads * model.head_dim, bias=False)
+        self.value = nn.Linear(model.d_model, model.n_kv_heads * model.head_dim, bias=False)
+        self.output = nn.Linear(model.n_heads * model.head_dim, model.d_model, bias=False)
+        together = (1, 1) if model.qk_norm_scope == "head" else (model.n_heads, model.n_kv_heads)
+        self.query_norm, self.key_norm = (
+            nn.RMSNorm(heads * model.head_dim, NORM_EPS) if model.qk_norm else None for heads in together
+        )
+
+    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Attend to this and earlier positions.
+
+        Args:
+            hidden: (B, S, D).
+            rotary: what `rotary_tables` returned for S positions.
+
+        Returns:
+            (B, S, D), same dtype.
+        """
+        query_BHSQ, key_BGSQ, value_BGSQ = (
+            rearrange(_normalize(projection(hidden), norm), "b s (h q) -> b h s q", q=self.head_dim)
+            for projection, norm in (
+                (self.query, self.query_norm),
+                (self.key, self.key_norm),
+                (self.value, None),
+            )
+        )
+        query_BHSQ, key_BGSQ = apply_rotary(query_BHSQ, rotary), apply_rotary(key_BGSQ, rotary)
+        attended_BHSQ = F.scaled_dot_product_attention(
+            query_BHSQ, key_BGSQ, value_BGSQ, is_causal=True, enable_gqa=True
+        )
+        return self.output(rearrange(attended_BHSQ, "b h s q -> b s (h q)"))
+
+
+def _normalize(projected: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    """Norm as many features at a time as the norm has weights; None: leave them as they are."""
+    if norm is None:
+        return projected
+    return norm(projected.unflatten(-1, (-1, norm.normalized_shape[0]))).flatten(-2)

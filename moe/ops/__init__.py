@@ -1,1 +1,0 @@
-"""Token permutation and grouped matrix products, each with a plain reference twin."""

@@ -1,0 +1,1 @@
+"""The folder of a run: its files, its metrics, its environment and its summary."""

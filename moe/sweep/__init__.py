@@ -1,1 +1,0 @@
-"""Sweeps over settings of the experts: what to train, what the runs show, and the report."""

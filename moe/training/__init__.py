@@ -1,0 +1,1 @@
+"""The training step: loss, optimizer, DeepSpeed engine, evaluation and step metrics."""
