@@ -11,43 +11,47 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
-from moe.accounting.cost import find_gpu
-from moe.accounting.counts import count
-from moe.checkpoint.manifest import CheckpointError
-from moe.checkpoint.saving import newest_checkpoint, on_all_ranks, save_checkpoint, set_aside_newer
-from moe.config.loading import OneLineParser, describe_keys, dump_config, load_config
-from moe.config.schema import Config, ConfigError
-from moe.data.token_cache import TokenizedCorpus, num_samples, prepare_corpus, read_samples, sample_ids
+from moe.accounting.counts import count_parameters
+from moe.accounting.gpus import find_gpu
+from moe.checkpoint.reading import Checkpoint, newest_checkpoint
+from moe.checkpoint.saving import save_checkpoint, set_aside_newer
+from moe.config import Config, ConfigError, RunError, dump_config, load_config
+from moe.config.command_line import INTERRUPTED, OneLineParser, command
+from moe.config.reference import help_text
+from moe.data.samples import read_samples, samples_of_step
+from moe.data.token_cache import TokenizedCorpus, prepare_corpus
 from moe.data.tokenizer import vocabulary_size
 from moe.dispatch.all_to_all import choose_dispatcher
-from moe.distributed.launch import choose_device, leave, why_lost, world_size
+from moe.distributed.agreement import on_all_ranks
+from moe.distributed.groups import World
+from moe.distributed.launch import leave, world_size
+from moe.distributed.lost_ranks import why_lost
 from moe.distributed.topology import Topology
-from moe.model.grouped_mm import choose_expert_path
-from moe.model.transformer import Transformer, init_weights
+from moe.inference.sample_text import sample_text
+from moe.model.transformer import Transformer
+from moe.runs.environment import check_compiler, describe_environment
 from moe.runs.loss_plot import plot_losses
-from moe.runs.metrics_log import MetricsLog, StepMeter, describe_environment, read_metrics
-from moe.runs.run_folder import all_damaged, open_run
-from moe.runs.summary import describe, summarize, write_samples
+from moe.runs.metrics_log import read_metrics
+from moe.runs.progress import Progress
+from moe.runs.resuming import all_damaged, open_run
+from moe.runs.run_folder import RunFolder
+from moe.runs.summary import overview, summarize
 from moe.training.engine import Engine, start
 from moe.training.evaluation import evaluate
+from moe.training.loss import training_loss
 from moe.training.optimizer import learning_rate
+from moe.training.step_metrics import StepMeter
+from moe.training.stop_request import StopRequest
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
-INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
-
-
-class TrainingError(Exception):
-    """The run cannot go on; what was saved stays good."""
 
 
 def train(config: Config) -> int:
@@ -56,220 +60,223 @@ def train(config: Config) -> int:
     Returns:
         The exit code: 0 when all steps are done, 130 when a signal stopped the run after a checkpoint.
     """
-    # 1. Everything that can be refused is refused before anything is built or written.
-    folder = open_run(config)
-    accumulation_steps = config.accumulation_steps(world_size())
-    Topology(world_size(), config.parallel.ep_size)
-    on_cpu = choose_device(config.parallel).type == "cpu"
-    if config.train.compile and on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise ConfigError("train.compile", "needs a C++ compiler on CPU; install g++ or set it to false")
-    corpus = prepare_corpus(config)
-    config = config.resolve(vocabulary_size(corpus.tokenizer))
-
-    # 2. Join the other ranks, and find the checkpoint to continue from.
-    world = start(config.parallel)
-    is_writer = world.rank == 0
-    say = print if is_writer else lambda *_, **__: None
-    _check_same_on_all_ranks(config, corpus)
-    checkpoint, warnings = newest_checkpoint(folder.checkpoints)
-    if checkpoint is None and warnings:
-        raise all_damaged(warnings)
-    finished = on_all_ranks(folder.summary.exists)[0]
-    if checkpoint is not None and checkpoint.info["data_fingerprint"] != corpus.fingerprint:
-        raise ConfigError("data.source", f"the text or its tokens changed since {checkpoint.path} was saved")
-    if checkpoint is not None and checkpoint.step == config.train.steps and finished:
-        say(f"{folder.path} is finished ({checkpoint.step} steps); raise train.steps or set another run.name")
+    run = prepare(config)
+    checkpoint = find_checkpoint(run)
+    steps, train = run.config.train.steps, run.config.train
+    if checkpoint is not None and checkpoint.step == steps and run.is_finished:
+        run.world.print(f"{run.folder.path} is finished; raise train.steps or set another run.name")
         return 0
-
-    # 3. The model and the engine.
-    for warning in warnings:
-        say(f"warning: {warning}", file=sys.stderr)
-    ledger = count(config)
-    say(f"{folder.path}: {len(corpus.train):,} training tokens, {world.size} x {world.device.type}")
-    say(describe(config, ledger, world.size, world.device.type))
-    dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
-    dispatcher = choose_dispatcher(world.groups, config.parallel)
-    model = Transformer(config, dispatcher, choose_expert_path(world.device, dtype))
-    init_weights(model, config.run.seed)
-    if config.train.compile:
-        for block in model.blocks:
-            block.compile()
-    engine = Engine(model, config, world)
-
-    first_step, wall_s, device_s = 0, 0.0, 0.0
+    engine = build(run)
     if checkpoint is not None:
-        on_all_ranks(lambda: engine.load_state(checkpoint))
-        checkpoint.close()
-        first_step, wall_s = checkpoint.step, checkpoint.info["wall_s"]
-        device_s = checkpoint.info["device_s"]
-        say(f"resumed from {checkpoint.path}")
-    environment = describe_environment(world.size)
-    log = None
-    if is_writer:
-        folder.create(config)
-        folder.tokenizer.write_text(corpus.tokenizer.to_str(pretty=True))
-        folder.environment.write_text(json.dumps(environment, indent=1))
-        set_aside_newer(folder.checkpoints, first_step)
-        log = MetricsLog(folder.metrics, first_step, config)
-
-    # 4. Train.
-    steps, batch_size, seq_len = config.train.steps, config.train.global_batch_size, config.data.seq_len
-    micro, train_samples = config.train.micro_batch_size, num_samples(corpus.train, seq_len)
-    gpu = find_gpu(environment["gpu"])
-    peak = config.cost.peak_flops or (gpu.peak_flops if gpu else None)
-    stop_request = StopRequest()
-    started = time.perf_counter()
-
-    def spent() -> dict[str, float]:
-        """Seconds since the first step, and the same times the devices of each part of the run."""
-        part_s = time.perf_counter() - started
-        return {"wall_s": wall_s + part_s, "device_s": device_s + part_s * world.size}
-
-    bar = tqdm(total=steps, initial=first_step, unit="step", disable=None if is_writer else True, leave=False)
-    for step in range(first_step, steps):
-        step_started = time.perf_counter()
-        ids = sample_ids(config.run.seed, step, batch_size, train_samples, shuffle=not config.data.streaming)
-        lr = learning_rate(step, steps, config.optim)
-        meter, norms = StepMeter(world.device), None
-        for i in range(accumulation_steps):
-            mine = (i * world.size + world.rank) * micro
-            samples = read_samples(corpus.train, ids[mine : mine + micro], seq_len)
-            tokens = torch.from_numpy(samples).to(world.device)
-            logits, aux = engine(tokens[:, :-1])
-            lm_loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-            loss = lm_loss
-            if aux is not None:
-                loss = loss + config.moe.aux_loss_coef * aux.load_balancing_loss.mean()
-                loss = loss + config.moe.z_loss_coef * aux.router_z_loss.mean()
-            meter.add(lm_loss, aux)
-            engine.backward(loss)
-            norms = engine.step(lr)
-        for sums in meter.tensors():
-            engine.sum_over_ranks(sums)
-        assert norms is not None, "the last micro batch updates"
-        done, losses = step + 1, meter.read(world.size)
-        _check_finite("loss", losses["loss/lm"], done)
-        _check_finite("gradient norm", norms.total, done)
-
-        # 5. Report, evaluate, save.
-        position = {"step": done, "tokens": done * batch_size * seq_len}
-        step_s = time.perf_counter() - step_started
-        tokens_per_s = batch_size * seq_len / step_s
-        metrics = position | losses
-        bar.set_postfix_str(f"loss {metrics['loss/lm']:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
-        bar.update()
-        if log is not None and (done % config.log.interval == 0 or done in (1, steps)):
-            mfu = tokens_per_s * ledger.flops_per_token_train / (peak * world.size) if peak else None
-            log.write(
-                metrics
-                | {"optim/lr": lr, "optim/grad_norm": norms.total}
-                | {f"optim/grad_norm/{family}": norm for family, norm in norms.families().items()}
-                | {"perf/tokens_per_s": tokens_per_s, "perf/step_s": step_s, "perf/mfu": mfu}
-            )
-            if bar.disable:
-                say(
-                    f"step {done}/{steps}: loss {metrics['loss/lm']:.4f}, {tokens_per_s:,.0f} tokens/s",
-                    flush=True,
-                )
-        if done % config.train.eval_interval == 0 or done == steps:
-            evaluation = evaluate(engine, corpus, config)
-            _check_finite("validation loss", evaluation["eval/loss"], done)
-            if log is not None:
-                log.write(position | evaluation)
-                bar.write(
-                    f"step {done}/{steps}: validation loss {evaluation['eval/loss']:.4f} nats per token, "
-                    f"{evaluation['eval/bits_per_byte']:.4f} bits per byte"
-                )
-        stopping = engine.any_rank(stop_request.made) and done < steps
-        if done % config.train.checkpoint_interval == 0 or done == steps or stopping:
-            info = {"data_fingerprint": corpus.fingerprint} | spent()
-            save_checkpoint(
-                folder.checkpoints,
-                done,
-                engine.state(),
-                config.model_dump(mode="json"),
-                info,
-                config.train.keep_checkpoints,
-            )
-        if stopping:
-            bar.close()
-            if log is not None:
-                log.close()
-            say(f"stopped and saved at step {done} of {steps}; run the same command again to resume")
-            stop_request.close()
-            return INTERRUPTED
-    bar.close()
-    stop_request.close()
-
-    # 6. Leave behind what a person wants to look at.
-    samples = write_samples(engine.module, corpus, config, world.device, engine.from_rank_0)
-    if log is not None:
-        summary = summarize(read_metrics(folder.metrics), ledger, config, **spent(), gpu=gpu)
-        log.close()
-        total, active = ledger.total / 1e6, ledger.active_all / 1e6
-        title = f"{config.run.name}: {total:.1f}M parameters, {active:.1f}M active"
-        plot_losses(read_metrics(folder.metrics), title, folder.loss_plot)
-        folder.sample.write_text(samples, encoding="utf-8")
-        folder.finish(summary)
-        say(json.dumps(summary, indent=1))
-        say(f"see {folder.loss_plot} and {folder.sample}; scripts/generate.py {folder.path} writes more")
+        resume(run, engine, checkpoint)
+    open_folder(run)
+    done, stopping = run.first_step, False
+    with Progress(run.config, run.folder, run.world, run.first_step) as progress, StopRequest() as stop:
+        run.started = time.perf_counter()
+        for step in range(run.first_step, steps):
+            metrics = train_step(run, engine, step)
+            progress.step(metrics)
+            done = metrics["step"]
+            if done % train.eval_interval == 0 or done == steps:
+                evaluation = evaluate(engine, run.corpus, run.config)
+                check_finite(evaluation, "eval/loss", done)
+                progress.evaluation({"step": done, "tokens": metrics["tokens"]} | evaluation)
+            stopping = engine.any_rank(stop.made) and done < steps
+            if done % train.checkpoint_interval == 0 or done == steps or stopping:
+                save(run, engine, done)
+            if stopping:
+                break
+    if stopping:
+        run.world.print(f"stopped and saved at step {done} of {steps}; run the same command again to resume")
+        return INTERRUPTED
+    finish(run, engine)
     return 0
 
 
-def _check_same_on_all_ranks(config: Config, corpus: TokenizedCorpus) -> None:
-    """Nodes with files of their own must not train on different texts, or differently."""
+@dataclass
+class Run:
+    """What a run has before its first step, and how long it has taken.
+
+    Attributes:
+        config: complete, with `model.vocab_size` set.
+        folder: where it writes.
+        corpus: its text, as tokens.
+        world: this process among all ranks.
+        is_finished: whether the folder has the results of a finished run.
+        first_step: steps that were done before, by the run that this one continues.
+        wall_s: seconds that they took.
+        device_s: the same, times the devices of each part.
+        started: when the first step of this process began, by `time.perf_counter()`.
+    """
+
+    config: Config
+    folder: RunFolder
+    corpus: TokenizedCorpus
+    world: World
+    is_finished: bool
+    first_step: int = 0
+    wall_s: float = 0.0
+    device_s: float = 0.0
+    started: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = count_parameters(self.config)
+        self.environment = describe_environment(self.world.size)
+        self.gpu = find_gpu(self.environment["gpu"])
+
+    def spent(self) -> dict[str, float]:
+        """Seconds since the first step of the whole run, and the same times the devices of each part."""
+        here = time.perf_counter() - self.started
+        return {"wall_s": self.wall_s + here, "device_s": self.device_s + here * self.world.size}
+
+
+def prepare(config: Config) -> Run:
+    """Refuse whatever can be refused before anything is built or written; then join the other ranks."""
+    folder = open_run(config)
+    config.accumulation_steps(world_size())
+    Topology(world_size(), config.parallel.ep_size)
+    check_compiler(config)
+    corpus = prepare_corpus(config)
+    config = config.resolve(vocabulary_size(corpus.tokenizer))
+    world = start(config.parallel)
+    check_same_on_all_ranks(config, corpus)
+    return Run(config, folder, corpus, world, is_finished=on_all_ranks(folder.summary.exists)[0])
+
+
+def find_checkpoint(run: Run) -> Checkpoint | None:
+    """The newest sound checkpoint of the run; None where there is no checkpoint yet."""
+    checkpoint, warnings = newest_checkpoint(run.folder.checkpoints)
+    if checkpoint is None and warnings:
+        raise all_damaged(warnings)
+    if checkpoint is not None and checkpoint.info["data_fingerprint"] != run.corpus.fingerprint:
+        raise ConfigError("data.source", f"the text or its tokens changed since {checkpoint.path} was saved")
+    for warning in warnings:
+        run.world.print(f"warning: {warning}", file=sys.stderr)
+    return checkpoint
+
+
+def build(run: Run) -> Engine:
+    """The model with its initial weights, under the engine."""
+    config, world, device = run.config, run.world, run.world.device.type
+    world.print(f"{run.folder.path}: {len(run.corpus.train):,} training tokens, {world.size} x {device}")
+    world.print(overview(config, run.counts, world.size, device))
+    model = Transformer(config, choose_dispatcher(world.groups, config.parallel))
+    if config.train.compile:
+        for block in model.blocks:
+            block.compile()
+    return Engine(model, config, world)
+
+
+def resume(run: Run, engine: Engine, checkpoint: Checkpoint) -> None:
+    """Continue from a checkpoint of any topology."""
+    on_all_ranks(lambda: engine.training_state.load(checkpoint))
+    checkpoint.close()
+    run.first_step = checkpoint.step
+    run.wall_s, run.device_s = checkpoint.info["wall_s"], checkpoint.info["device_s"]
+    run.world.print(f"resumed from {checkpoint.path}")
+
+
+def open_folder(run: Run) -> None:
+    """Write what is known before the first step."""
+    if run.world.rank == 0:
+        run.folder.create(run.config)
+        run.folder.tokenizer.write_text(run.corpus.tokenizer.to_str(pretty=True))
+        run.folder.environment.write_text(json.dumps(run.environment, indent=1))
+        set_aside_newer(run.folder.checkpoints, run.first_step)
+
+
+def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
+    """One optimizer step: forward and backward over this rank's micro batches, then the update.
+
+    Returns:
+        The line of `metrics.jsonl`.
+    """
+    started, config, world = time.perf_counter(), run.config, run.world
+    batch_size, micro = config.train.global_batch_size, config.train.micro_batch_size
+    ids, lr = samples_of_step(config, run.corpus.train, step), learning_rate(config, step)
+    meter, norms = StepMeter(world.device), None
+    for first in range(world.rank * micro, batch_size, world.size * micro):
+        samples = read_samples(run.corpus.train, ids[first : first + micro], config.data.seq_len)
+        tokens = torch.from_numpy(samples).to(world.device)
+        loss = training_loss(engine(tokens[:, :-1]), tokens[:, 1:], config.moe)
+        meter.add(loss)
+        engine.backward(loss.total)
+        norms = engine.step(lr)
+    assert norms is not None, "the last micro batch updates"
+    for sums in meter.tensors():
+        engine.sum_over_ranks(sums)
+    done = step + 1
+    metrics = {"step": done, "tokens": done * batch_size * config.data.seq_len} | meter.read(world.size)
+    metrics |= {"optim/lr": lr, "optim/grad_norm": norms.total}
+    metrics |= {f"optim/grad_norm/{family}": norm for family, norm in norms.families().items()}
+    check_finite(metrics, "loss/lm", done)
+    check_finite(metrics, "optim/grad_norm", done)
+    return metrics | speed(run, time.perf_counter() - started)
+
+
+def speed(run: Run, seconds: float) -> dict[str, float | None]:
+    """The `perf/` metrics of a step; the utilisation (MFU) is None where the device's peak is not known."""
+    tokens_per_s = run.config.train.global_batch_size * run.config.data.seq_len / seconds
+    peak = run.config.cost.peak_flops or (run.gpu.peak_flops if run.gpu else None)
+    mfu = tokens_per_s * run.counts.flops_per_token_train / (peak * run.world.size) if peak else None
+    return {"perf/tokens_per_s": tokens_per_s, "perf/step_s": seconds, "perf/mfu": mfu}
+
+
+def save(run: Run, engine: Engine, done: int) -> None:
+    """Save a checkpoint after `done` steps, together with all other ranks."""
+    save_checkpoint(
+        run.folder.checkpoints,
+        done,
+        engine.training_state.fragments(),
+        run.config.model_dump(mode="json"),
+        {"data_fingerprint": run.corpus.fingerprint} | run.spent(),
+        run.config.train.keep_checkpoints,
+    )
+
+
+def finish(run: Run, engine: Engine) -> None:
+    """Write what a person wants to look at: the summary, the curves, and text from the model."""
+    spent, folder = run.spent(), run.folder
+    samples = sample_text(engine.module, run.corpus, run.world.device, engine.from_rank_0)
+    if run.world.rank == 0:
+        metrics = read_metrics(folder.metrics)
+        summary = summarize(metrics, run.counts, run.config, **spent, gpu=run.gpu)
+        total, active = run.counts.total / 1e6, run.counts.active_all / 1e6
+        title = f"{run.config.run.name}: {total:.1f}M parameters, {active:.1f}M active"
+        plot_losses(metrics, title, folder.loss_plot)
+        folder.sample.write_text(samples, encoding="utf-8")
+        folder.finish(summary)
+        print(json.dumps(summary, indent=1))
+        print(f"see {folder.loss_plot} and {folder.sample}; scripts/generate.py {folder.path} writes more")
+
+
+def check_same_on_all_ranks(config: Config, corpus: TokenizedCorpus) -> None:
+    """Nodes with files of their own must not train on different texts, or with different settings."""
     settings = config.model_dump_json(exclude={"run": {"dir"}, "data": {"cache_dir"}})
     here = hashlib.sha256((settings + corpus.fingerprint + corpus.tokenizer.to_str()).encode()).hexdigest()
     digests = on_all_ranks(lambda: here)
     if len(set(digests)) > 1:
         odd = next(i for i, there in enumerate(digests) if there != digests[0])
-        raise ConfigError(
-            "data.source",
-            f"text, tokenizer or another key differ between ranks 0 and {odd}; give all the same",
+        problem = f"text, tokenizer or another key differ between ranks 0 and {odd}"
+        raise ConfigError("data.source", f"{problem}; give all the same")
+
+
+def check_finite(metrics: dict[str, Any], key: str, step: int) -> None:
+    """Stop the run before a loss or norm that is not finite reaches a checkpoint."""
+    if metrics[key] is None or not math.isfinite(metrics[key]):
+        raise RunError(
+            f"step {step}: {key} is {metrics[key]}; nothing of this step was saved, earlier checkpoints can "
+            "be loaded. Start a new run with a lower optim.lr or optim.grad_clip"
         )
 
 
-def _check_finite(what: str, value: float | None, step: int) -> None:
-    if value is None or not math.isfinite(value):
-        raise TrainingError(
-            f"step {step}: the {what} is {value}; nothing of this step was saved, earlier checkpoints are "
-            "sound. Start a new run with a lower optim.lr or optim.grad_clip"
-        )
-
-
-class StopRequest:
-    """Turns Ctrl-C or SIGTERM into a wish to stop after the step; a second Ctrl-C stops at once.
-
-    A second SIGTERM does not: a scheduler and a launcher each pass on the one that they got.
-    """
-
-    def __init__(self) -> None:
-        self.made = False
-        self._interrupted = False
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._ask) for number in numbers}
-
-    def close(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _: object) -> None:
-        if number == signal.SIGINT:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
-        if not self.made:
-            print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-        self.made = True
-
-
+@command
 def main(arguments: list[str]) -> int:
-    """Parse the command line, train, and turn errors into exit codes."""
+    """Parse the command line and train."""
     parser = OneLineParser(
         prog="train.py",
         description="Train a sparse mixture-of-experts language model.",
-        epilog="keys, with the defaults of those that the file leaves out:\n" + describe_keys(),
+        epilog="keys, with the defaults of those that the file leaves out:\n" + help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -285,29 +292,19 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     items: list[str] = options.items
     names_file = bool(items) and ("=" not in items[0] or items[0].endswith((".yaml", ".yml")))
-    path = Path(items.pop(0)) if names_file else DEFAULT_CONFIG
+    config = load_config(Path(items.pop(0)) if names_file else DEFAULT_CONFIG, items)
+    if options.print_config:
+        print(dump_config(config), end="")
+        return 0
     try:
-        config = load_config(path, items)
-        if options.print_config:
-            print(dump_config(config), end="")
-            return 0
         return train(config)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (TrainingError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if (reason := why_lost(error)) is None:
+    except (RuntimeError, OSError) as error:
+        problem = why_lost(error) if isinstance(error, RuntimeError) else str(error)
+        if problem is None:
             raise
-        print(f"error: {reason}; what was saved before stays good", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error}; what was saved before stays good", file=sys.stderr)
-        return 1
+        raise RunError(f"{problem}; what was saved before can be loaded") from None
     except KeyboardInterrupt:
-        print("interrupted; what was saved before stays good", file=sys.stderr)
+        print("interrupted; what was saved before can be loaded", file=sys.stderr)
         return INTERRUPTED
 
 

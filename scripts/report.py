@@ -1,4 +1,4 @@
-"""Rebuild the report of a sweep, or of any folder of finished runs.
+"""Write the report of an ablation, or of any folder of finished runs.
 
 python scripts/report.py DIR
 """
@@ -6,23 +6,17 @@ python scripts/report.py DIR
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from moe.ablation.html_report import write_report
-from moe.config.loading import OneLineParser
-from moe.config.schema import ConfigError
+from moe.config.command_line import OneLineParser, command
 
 
+@command
 def main(arguments: list[str]) -> int:
-    """Parse the command line, write the report, print what it says."""
-    parser = OneLineParser(prog="report.py", description="Rebuild the report of a folder of finished runs.")
+    """Parse the command line, write the report, print its conclusions."""
+    parser = OneLineParser(prog="report.py", description="Write the report of a folder of finished runs.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="every finished run below it is reported")
     folder = parser.parse_args(arguments).folder
-    try:
-        said = write_report(folder)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(said))
+    print("\n".join(write_report(folder)))
     print(f"see {folder / 'report.html'}, results.csv and the PNGs beside it")
     return 0
 

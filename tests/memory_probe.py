@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from moe.accounting.memory import estimate_memory
-from moe.config.loading import load_config
+from moe.config import load_config
 from moe.dispatch.all_to_all import choose_dispatcher
 from moe.model.grouped_mm import choose_expert_path
-from moe.model.transformer import Transformer, init_weights
+from moe.model.initialization import init_weights
+from moe.model.transformer import Transformer
 from moe.training.engine import Engine, start
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"

@@ -13,7 +13,7 @@ import pytest
 
 import train
 from moe.ablation.ablation_folder import SweepFolder
-from moe.config.loading import load_config
+from moe.config import load_config
 from scripts.ablate import main, shortened
 from scripts.report import main as report
 from tests.conftest import read_lines

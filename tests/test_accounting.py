@@ -9,8 +9,8 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe.accounting.counts import count
-from moe.config.loading import load_config, parse_config
-from moe.dispatch.all_to_all import LocalDispatcher
+from moe.config import load_config, parse_config
+from moe.dispatch.local import LocalDispatcher
 from moe.model.transformer import Transformer
 
 CONFIGS = Path(__file__).parent.parent / "configs"

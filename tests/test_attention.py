@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from moe.config.schema import ModelConfig
+from moe.config import ModelConfig
 from moe.model.attention import Attention, apply_rotary, rotary_tables
-from moe.model.transformer import init_weights
+from moe.model.initialization import init_weights
 
 
 def plain_attention(layer, hidden, model):

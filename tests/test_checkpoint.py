@@ -11,13 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe.checkpoint.manifest import CheckpointError
-from moe.checkpoint.saving import (
-    Fragment,
-    newest_checkpoint,
-    open_checkpoint,
-    save_checkpoint,
-    set_aside_newer,
-)
+from moe.checkpoint.reading import newest_checkpoint, open_checkpoint
+from moe.checkpoint.saving import Fragment, save_checkpoint, set_aside_newer
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 SHAPES = {"a.weight": (2, 3), "b.weight": (2,)}

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 import train
-from moe.config.loading import describe_keys, dump_config, flat_config, load_config, parse_config
-from moe.config.schema import Config, ConfigError, moe_layers
+from moe.config import Config, ConfigError, dump_config, flat_config, load_config, moe_layers, parse_config
+from moe.config.reference import describe_keys
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
 

@@ -1,7 +1,8 @@
 import pytest
 
-from moe.accounting.cost import GPU, find_gpu, known_gpu, projected_cost, training_cost
-from moe.config.schema import CostConfig
+from moe.accounting.cost import projected_cost, training_cost
+from moe.accounting.gpus import GPU, find_gpu, known_gpu
+from moe.config import CostConfig
 
 DAY = 86_400.0
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import tokenizers
 
-from moe.config.loading import parse_config
-from moe.config.schema import ConfigError
+from moe.config import ConfigError, parse_config
 from moe.data import corpus, tokens
 from moe.data.corpus import open_corpus
-from moe.data.token_cache import num_samples, prepare_corpus, read_samples, sample_ids, validation_ids
+from moe.data.samples import num_samples, read_samples, sample_ids, validation_ids
+from moe.data.token_cache import prepare_corpus
 from moe.data.tokenizer import vocabulary_size
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe.config.schema import MoEConfig, ParallelConfig
+from moe.config import MoEConfig, ParallelConfig
 from moe.dispatch import all_to_all as dispatch
-from moe.dispatch.all_to_all import AllToAllDispatcher, LocalDispatcher, choose_dispatcher
+from moe.dispatch.all_to_all import AllToAllDispatcher, choose_dispatcher
+from moe.dispatch.local import LocalDispatcher
 from moe.distributed import collectives
 from moe.distributed.groups import ParallelGroups
+from moe.model.initialization import init_weights
 from moe.model.moe_layer import MoELayer
-from moe.model.transformer import init_weights
 from moe.training.engine import start
 from tests.ranks import run_ranks
 from tests.test_transformer import on_fake_cuda

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from moe.checkpoint.manifest import CheckpointError
-from moe.checkpoint.saving import newest_checkpoint, save_checkpoint
-from moe.config.loading import parse_config
-from moe.config.schema import ConfigError
-from moe.dispatch.all_to_all import LocalDispatcher
+from moe.checkpoint.reading import newest_checkpoint
+from moe.checkpoint.saving import save_checkpoint
+from moe.config import ConfigError, parse_config
+from moe.dispatch.local import LocalDispatcher
 from moe.distributed.launch import world_size
-from moe.model.transformer import Transformer, init_weights
+from moe.model.initialization import init_weights
+from moe.model.transformer import Transformer
 from moe.training.engine import Engine, start
 from moe.training.optimizer import learning_rate, parameter_groups
 

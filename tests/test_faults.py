@@ -20,8 +20,9 @@ import torch
 from torch.distributed.distributed_c10d import _world
 
 import train
-from moe.config.loading import load_config
-from moe.data.token_cache import num_samples, prepare_corpus
+from moe.config import load_config
+from moe.data.samples import num_samples
+from moe.data.token_cache import prepare_corpus
 from moe.dispatch.all_to_all import choose_dispatcher
 from moe.model.transformer import Transformer
 from moe.training.engine import Engine, start

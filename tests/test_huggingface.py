@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe.accounting.counts import PARTS
 from moe.accounting.huggingface import count_huggingface
-from moe.config.schema import ConfigError
+from moe.config import ConfigError
 
 
 def parsed(text):
@@ -172,11 +172,7 @@ def test_llama4_alternates_dense_and_sparse_layers_and_attends_within_chunks(led
     ledger = ledger_of(LLAMA4_TEXT, seq_len=64)
     attention = {"attention": 2 * 64 * 96 + 2 * 64 * 32, "norms": 2 * 64}
     dense = attention | {"dense_blocks": 3 * 64 * 160}
-    sparse = attention | {
-        "router": 5 * 64,
-        "routed_experts": 5 * 3 * 64 * 96,
-        "shared_experts": 3 * 64 * 96,
-    }
+    sparse = attention | {"router": 5 * 64, "routed_experts": 5 * 3 * 64 * 96, "shared_experts": 3 * 64 * 96}
     assert ledger.layers == (dense, sparse, dense, sparse)
     assert ledger.total == 2 * sum(dense.values()) + 2 * sum(sparse.values()) + 2 * 300 * 64 + 64
     assert ledger.idle == 2 * 4 * 3 * 64 * 96
@@ -592,12 +588,7 @@ def test_an_unknown_models_experts_are_found_by_structure_stacked_or_listed(ledg
     pair = 12 * 30 + 30 + 30 * 12 + 12
     assert ledger.layers == (
         {"router": 12 * 5 + 5, "routed_experts": 5 * 12 * 20, "other": 7 * 12},
-        {
-            "router": 12 * 6,
-            "routed_experts": 4 * pair,
-            "shared_experts": 9 * (12 * 12 + 12),
-            "other": 7 * 12,
-        },
+        {"router": 12 * 6, "routed_experts": 4 * pair, "shared_experts": 9 * (12 * 12 + 12), "other": 7 * 12},
     )
     assert ledger.idle == 3 * 12 * 20 + 2 * pair
     assert ledger.flops_by_part["routed_experts"] == 2 * (2 * 12 * 20 + 2 * 2 * 12 * 30)

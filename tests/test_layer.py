@@ -4,11 +4,12 @@ from fractions import Fraction
 import pytest
 import torch
 
-from moe.config.schema import MoEConfig
-from moe.dispatch.all_to_all import LocalDispatcher, expert_capacity
+from moe.config import MoEConfig
+from moe.dispatch.capacity import expert_capacity
+from moe.dispatch.local import LocalDispatcher
 from moe.model.experts import GroupedExperts, SwiGLU
+from moe.model.initialization import init_weights
 from moe.model.moe_layer import MoELayer
-from moe.model.transformer import init_weights
 
 D_MODEL = 16
 TOLERANCE = {torch.float32: dict(rtol=1e-4, atol=1e-5), torch.float64: dict(rtol=1e-9, atol=1e-11)}

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from moe.model.losses import count_assignments, load_balancing_loss, router_entropy, router_z_loss
+from moe.dispatch.permutation import count_assignments
+from moe.model.losses import load_balancing_loss, router_entropy, router_z_loss
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4, 8])

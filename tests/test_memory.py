@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe.accounting.cost import known_gpu
-from moe.accounting.memory import USABLE, estimate_memory, estimate_wire, placements, rows_per_token
-from moe.config.loading import load_config, parse_config
-from moe.config.schema import ConfigError
-from moe.dispatch.all_to_all import LocalDispatcher
+from moe.accounting.communication import estimate_wire, rows_per_token
+from moe.accounting.gpus import known_gpu
+from moe.accounting.memory import estimate_memory
+from moe.accounting.placement import USABLE, placements
+from moe.config import ConfigError, load_config, parse_config
+from moe.dispatch.local import LocalDispatcher
 from moe.model.grouped_mm import choose_expert_path
-from moe.model.transformer import Transformer, init_weights
+from moe.model.initialization import init_weights
+from moe.model.transformer import Transformer
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent

@@ -3,9 +3,8 @@ import math
 
 import pytest
 
-from moe.config.loading import parse_config
-from moe.config.schema import OptimConfig
-from moe.dispatch.all_to_all import LocalDispatcher
+from moe.config import OptimConfig, parse_config
+from moe.dispatch.local import LocalDispatcher
 from moe.model.transformer import Transformer
 from moe.training.optimizer import learning_rate, parameter_groups
 

@@ -7,7 +7,8 @@ import torch
 
 import train
 from moe.dispatch.all_to_all import choose_dispatcher
-from moe.model.transformer import Transformer, init_weights
+from moe.model.initialization import init_weights
+from moe.model.transformer import Transformer
 from moe.runs import summary as reporting
 from moe.training.engine import Engine, start
 from tests.conftest import read_lines

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import train
-from moe.config.loading import describe_keys
+from moe.config.reference import describe_keys
 
 pytestmark = pytest.mark.xdist_group("readme")  # its runs are made once
 

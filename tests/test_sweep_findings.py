@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from moe.ablation.comparison import analyse, read_runs
+from moe.ablation.comparison import analyse
 from moe.ablation.conclusions import sentences
 from moe.ablation.html_report import write_report
+from moe.ablation.results import read_runs
 from moe.accounting.counts import count
-from moe.config.loading import dump_config, load_config
-from moe.config.schema import ConfigError
+from moe.config import ConfigError, dump_config, load_config
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 SHAPES = {  # losses of seeds 0, 1, 2

@@ -8,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe.ablation.cells import plan
 from moe.accounting.counts import count
 from moe.accounting.memory import estimate_memory
-from moe.config.loading import load_config
-from moe.config.schema import ConfigError
-from moe.dispatch.all_to_all import LocalDispatcher
-from moe.model.transformer import Transformer, init_weights
+from moe.config import ConfigError, load_config
+from moe.dispatch.local import LocalDispatcher
+from moe.model.initialization import init_weights
+from moe.model.transformer import Transformer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = load_config(CONFIGS / "tiny.yaml", ["model.vocab_size=1024"])

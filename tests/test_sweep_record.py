@@ -5,8 +5,7 @@ import pytest
 
 from moe.ablation.ablation_folder import SweepFolder
 from moe.ablation.cells import plan
-from moe.config.loading import load_config
-from moe.config.schema import ConfigError
+from moe.config import ConfigError, load_config
 
 TINY = load_config(Path(__file__).parent.parent / "configs" / "tiny.yaml", ["model.vocab_size=1024"])
 

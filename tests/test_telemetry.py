@@ -6,9 +6,11 @@ import types
 import pytest
 import torch
 
-from moe.config.loading import parse_config
+from moe.config import parse_config
 from moe.model.moe_layer import MoEAux
-from moe.runs.metrics_log import MetricsLog, StepMeter, describe_environment, read_metrics
+from moe.runs.environment import describe_environment
+from moe.runs.metrics_log import MetricsLog, read_metrics
+from moe.training.step_metrics import StepMeter
 from tests.conftest import read_lines
 
 

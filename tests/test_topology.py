@@ -1,6 +1,6 @@
 import pytest
 
-from moe.config.schema import ConfigError
+from moe.config import ConfigError
 from moe.distributed.topology import Topology
 
 

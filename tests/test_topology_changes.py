@@ -12,14 +12,12 @@ import pytest
 import torch
 
 from moe.checkpoint.manifest import CheckpointError
-from moe.checkpoint.saving import (
-    Fragment,
-    newest_checkpoint,
-    open_checkpoint,
-    save_checkpoint,
-)
-from moe.dispatch.all_to_all import LocalDispatcher, choose_dispatcher
-from moe.model.transformer import Transformer, init_weights
+from moe.checkpoint.reading import newest_checkpoint, open_checkpoint
+from moe.checkpoint.saving import Fragment, save_checkpoint
+from moe.dispatch.all_to_all import choose_dispatcher
+from moe.dispatch.local import LocalDispatcher
+from moe.model.initialization import init_weights
+from moe.model.transformer import Transformer
 from moe.training.engine import Engine, start
 from moe.training.optimizer import learning_rate
 from tests.ranks import run_ranks

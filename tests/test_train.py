@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import train
-from moe.checkpoint.saving import newest_checkpoint
-from moe.inference.generation import load_model
-from moe.model.transformer import init_weights
+from moe.checkpoint.reading import newest_checkpoint
+from moe.inference.trained_run import load_model
+from moe.model.initialization import init_weights
 from moe.training.engine import Engine
 from tests.conftest import read_lines
 

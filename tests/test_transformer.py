@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe.accounting.counts import count
-from moe.config.loading import load_config, parse_config
-from moe.dispatch.all_to_all import LocalDispatcher
-from moe.model.transformer import Transformer, init_weights
+from moe.config import load_config, parse_config
+from moe.dispatch.local import LocalDispatcher
+from moe.model.initialization import init_weights
+from moe.model.transformer import Transformer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = {

@@ -1,4 +1,4 @@
-"""The folder of a sweep: its plan, its record, and where its runs are.
+"""The folder of an ablation: its plan, the results of its runs, and where they are.
 
 plan.json  configs/CELL.yaml  runs/CELL/seed-N/  logs/CELL,seed=N.log  results.jsonl  and the report
 """
@@ -8,31 +8,26 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe.ablation.cells import Cell, spelled
-from moe.config.loading import dump_config, flat_config, parse_config
-from moe.config.schema import ConfigError
-from moe.runs.run_folder import RunFolder, sets_results
+from moe.config import ConfigError, dump_config, flat_config, parse_config
+from moe.runs.resuming import sets_results
+from moe.runs.run_folder import RunFolder
 
 
-@dataclass(frozen=True)
-class SweepFolder:
-    """Paths of one sweep."""
+class AblationFolder:
+    """Paths of one ablation.
 
-    path: Path
+    Args:
+        path: of the folder.
+    """
 
-    @property
-    def plan(self) -> Path:
-        """Every cell that was ever planned here, with its seeds."""
-        return self.path / "plan.json"
-
-    @property
-    def results(self) -> Path:
-        """A line per planned run, finished or not."""
-        return self.path / "results.jsonl"
+    def __init__(self, path: Path):
+        self.path = path
+        self.plan = path / "plan.json"  # every cell that was ever planned here, with its seeds
+        self.results = path / "results.jsonl"  # a line per planned run, finished or not
 
     def config(self, cell: str) -> Path:
         """Of a cell; run.* is set for each run."""
@@ -61,15 +56,12 @@ class SweepFolder:
                 old = flat_config(parse_config(before[cell.name]["config"]))
                 for key, value in flat_config(cell.config).items():
                     if sets_results(key) and not key.startswith("run.") and old[key] != value:
-                        raise ConfigError(
-                            "--out",
-                            f"{self.path} holds a sweep whose {cell.name} has {key} {spelled(old[key])}, not "
-                            f"{spelled(value)}; choose another folder",
-                        )
+                        problem = f"{cell.name} has {key} {spelled(old[key])} there, not {spelled(value)}"
+                        raise ConfigError("--out", f"{self.path}: {problem}; choose another folder")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other sweeps out of the folder, which is made where it is missing.
+        """Keep other ablations out of the folder, which is made where it is missing.
 
         Raises:
             ConfigError: one is running there, or the file system refuses.
@@ -83,7 +75,9 @@ class SweepFolder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError("--out", f"another sweep is running in {self.path}; wait for it") from None
+                raise ConfigError(
+                    "--out", f"another ablation is running in {self.path}; wait for it"
+                ) from None
             yield
         finally:
             os.close(lock)

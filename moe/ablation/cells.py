@@ -1,4 +1,4 @@
-"""Plan a sweep: configurations that differ in named settings while a held quantity stays equal.
+"""The cells of an ablation: configurations that differ in named settings while a held quantity stays equal.
 
 The quantity is held by the width of the experts. Runs of one seed share the order of their samples, the
 evaluation batches, and all initial weights outside experts and routers, because those depend on the seed and
@@ -6,16 +6,16 @@ on names only.
 """
 
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
-from moe.accounting.counts import Ledger, count
+from moe.accounting.counts import ModelCounts, count_parameters
 from moe.accounting.memory import estimate_memory
-from moe.config.loading import parse_config
-from moe.config.schema import Config, ConfigError
+from moe.config import Config, ConfigError, changed
 
 Hold = Literal["active_flops", "total_params", "memory", "none"]
 # g: E, k and shared experts times g, width over g (Dai et al. 2024, DeepSeekMoE, section 3.1)
@@ -46,13 +46,13 @@ _BASELINES: Sequence[tuple[str, Hold, float]] = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration of the sweep, to be trained once per seed.
+    """One configuration of an ablation, to be trained once per seed.
 
     Attributes:
         name: of its folders, such as `num_experts=8`.
         settings: what was varied, and to what; for a dense baseline what it is.
         config: complete.
-        ledger: counts of the config.
+        counts: parameters and FLOPs of the config.
         mismatch: relative deviation of the held quantity from the reference; 0 where nothing is held.
         is_dense: a baseline without a router.
     """
@@ -60,12 +60,14 @@ class Cell:
     name: str
     settings: Mapping[str, Any]
     config: Config
-    ledger: Ledger
+    counts: ModelCounts
     mismatch: float
     is_dense: bool
 
 
-def plan(config: Config, vary: Mapping[str, Sequence[Any]], hold: Hold, device: str = "cpu") -> list[Cell]:
+def plan_cells(
+    config: Config, vary: Mapping[str, Sequence[Any]], hold: Hold, device: str = "cpu"
+) -> list[Cell]:
     """Every combination of the varied settings, and the dense baselines, solved for what they should equal.
 
     The baselines have the reference's active FLOPs, twice those, and its total parameters (where affordable).
@@ -83,13 +85,17 @@ def plan(config: Config, vary: Mapping[str, Sequence[Any]], hold: Hold, device: 
         section, _, name = key.partition(".")
         if key != GRANULARITY and (section != "moe" or name not in type(config.moe).model_fields):
             raise ConfigError(
-                "--vary", f"{key!r} is not granularity or a key of moe; other settings need a sweep per value"
+                "--vary", f"{key!r} is not granularity or a key of moe; run the others one by one"
             )
     if hold != "none" and "moe.d_ff_expert" in vary:
         raise ConfigError("--hold", f"{hold} is held by the width of the experts; use --hold none to vary it")
+
+    def flops_of(some: Config) -> int:
+        return count_parameters(some).flops_per_token_forward
+
     measures: Mapping[Hold, Callable[[Config], float]] = {
-        "active_flops": lambda some: count(some).flops_per_token_forward,
-        "total_params": lambda some: count(some).total,
+        "active_flops": flops_of,
+        "total_params": lambda some: count_parameters(some).total,
         "memory": lambda some: estimate_memory(some, config.parallel.ep_size, device).peak,
     }
     cells: dict[str, Cell] = {}
@@ -98,9 +104,12 @@ def plan(config: Config, vary: Mapping[str, Sequence[Any]], hold: Hold, device: 
         solved, mismatch = variant, 0.0
         if held != "none":
             solved, mismatch = _solve(variant, measures[held], times * measures[held](config))
-        cell = Cell(name, settings, solved, count(solved), mismatch, solved.moe.is_dense)
-        flops = cell.ledger.flops_per_token_forward
-        if name == "dense,equal_total" and flops > AFFORDABLE * count(config).flops_per_token_forward:
+        cell = Cell(name, settings, solved, count_parameters(solved), mismatch, solved.moe.is_dense)
+        flops = cell.counts.flops_per_token_forward
+        if (
+            name == "dense,equal_total"
+            and flops > AFFORDABLE * count_parameters(config).flops_per_token_forward
+        ):
             return
         if abs(mismatch) > TOLERANCE:
             raise ConfigError(
@@ -115,7 +124,7 @@ def plan(config: Config, vary: Mapping[str, Sequence[Any]], hold: Hold, device: 
         name = ",".join(f"{key.rpartition('.')[2]}={spelled(value)}" for key, value in settings.items())
         add(name, settings, _apply(config, settings), hold, 1.0)
     for name, held, times in _BASELINES:
-        add(name, _DENSE, _with(config, _DENSE), held, times)
+        add(name, _DENSE, changed(config, _DENSE), held, times)
     return list(cells.values())
 
 
@@ -128,7 +137,7 @@ def _solve(variant: Config, measure: Callable[[Config], float], target: float) -
     """The variant with the expert width that brings a measure nearest to a target, and how far it is off."""
 
     def at(steps: int) -> Config:
-        return _with(variant, {"moe.d_ff_expert": steps * WIDTH_STEP})
+        return changed(variant, {"moe.d_ff_expert": steps * WIDTH_STEP})
 
     below = bisect_right(range(1, WIDEST), target, key=lambda steps: measure(at(steps)))
     candidates = (at(below + 1), at(max(below, 1)))  # the wider one where both miss by as much
@@ -141,8 +150,8 @@ def _apply(config: Config, settings: Mapping[str, Any]) -> Config:
     changes = {key: value for key, value in settings.items() if key != GRANULARITY}
     experts = changes.get("moe.num_experts")
     if type(experts) is int and experts == 1:
-        return _with(config, {k: v for k, v in changes.items() if k in DENSE_KEYS} | _DENSE)
-    varied = _with(config, changes)
+        return changed(config, {k: v for k, v in changes.items() if k in DENSE_KEYS} | _DENSE)
+    varied = changed(config, changes)
     factor, moe = settings.get(GRANULARITY, 1), varied.moe
     if type(factor) is not int or factor < 1:
         raise ConfigError(GRANULARITY, f"should be a whole number above 0, got {spelled(factor)}")
@@ -156,13 +165,19 @@ def _apply(config: Config, settings: Mapping[str, Any]) -> Config:
         "moe.num_shared_experts": moe.num_shared_experts * factor,
         "moe.d_ff_expert": moe.d_ff_expert // factor,
     }
-    return _with(varied, finer) if factor > 1 else varied
+    return changed(varied, finer) if factor > 1 else varied
 
 
-def _with(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The configuration with some dotted keys changed, checked again as a whole."""
-    values = config.model_dump(mode="json")
-    for key, value in changes.items():
-        section, _, name = key.partition(".")
-        values[section][name] = value
-    return parse_config(values)
+def shortened(config: Config, times: int) -> Config:
+    """The configuration with so many times fewer steps, evaluated twice."""
+    steps = max(config.train.steps // times, 1)
+    half = math.ceil(steps / 2)
+    return changed(
+        config,
+        {
+            "train.steps": steps,
+            "train.eval_interval": half,
+            "train.checkpoint_interval": half,
+            "optim.warmup_steps": config.optim.warmup_steps // times,
+        },
+    )

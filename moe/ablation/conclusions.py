@@ -1,28 +1,29 @@
-"""Plain sentences of what a sweep supports, and what it does not."""
+"""What the runs of an ablation support and what they do not, in plain sentences."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from moe.ablation.cells import TOLERANCE
-from moe.ablation.comparison import CellResult, Curve, Findings
+from moe.ablation.comparison import Comparison, Curve
+from moe.ablation.results import CellResult
 from moe.ablation.statistics import Interval, paired_difference, with_bounds
 from moe.tables import short
 
 _BETTER, _WORSE, _UNCLEAR = "better than", "worse than", "not told apart from"
 
 
-def sentences(findings: Findings) -> Iterator[str]:
+def conclusions(comparison: Comparison) -> Iterator[str]:
     """What the runs support, and what they do not."""
-    cells = findings.cells
+    cells = comparison.cells
     if len(cells) == 1:
         yield f"{cells[0].label} is compared with nothing: no other run here has its settings outside moe.*."
         return
-    said = list(_with_intervals(findings))
+    said = list(_with_intervals(comparison))
     yield from said
     if intervals := sum(one.count(" [") for one in said):
         yield f"Of twenty intervals of 95 % one misses by chance; here are {intervals}."
-    if findings.baseline is not None:
-        yield from _speed(cells, findings.baseline)
+    if comparison.baseline is not None:
+        yield from _speed(cells, comparison.baseline)
     tokens = sorted({run.summary["tokens"] for cell in cells for run in cell.runs.values()})
     yield (
         f"All this is after {' to '.join(short(t) for t in dict.fromkeys((tokens[0], tokens[-1])))} tokens a "
@@ -30,21 +31,21 @@ def sentences(findings: Findings) -> Iterator[str]:
     )
 
 
-def _with_intervals(findings: Findings) -> Iterator[str]:
-    """All sentences that hold intervals."""
-    if findings.baseline is None:
+def _with_intervals(comparison: Comparison) -> Iterator[str]:
+    """All conclusions that hold intervals."""
+    if comparison.baseline is None:
         yield "Nothing is compared with a dense model: there is no dense run."
     else:
-        yield from _against_dense(findings, findings.baseline)
-    for curve in findings.curves:
+        yield from _against_dense(comparison, comparison.baseline)
+    for curve in comparison.curves:
         yield from _along(curve)
-    yield from _equivalents(findings)
+    yield from _equivalents(comparison)
 
 
-def _against_dense(findings: Findings, baseline: CellResult) -> Iterator[str]:
-    others = [cell for cell in findings.cells if cell is not baseline]
+def _against_dense(comparison: Comparison, baseline: CellResult) -> Iterator[str]:
+    others = [cell for cell in comparison.cells if cell is not baseline]
     known = {
-        c: d for c in others if (d := findings.differences.get(c.label)) is not None and d.low is not None
+        c: d for c in others if (d := comparison.differences.get(c.label)) is not None and d.low is not None
     }
     outcomes: dict[str, list[str]] = {_BETTER: [], _WORSE: [], _UNCLEAR: []}
     for cell, difference in known.items():
@@ -54,10 +55,10 @@ def _against_dense(findings: Findings, baseline: CellResult) -> Iterator[str]:
         if found:
             what = f"{outcome.capitalize()} {baseline.label}"
             yield f"{what} (nats per token, paired by seed, 95 %): {'; '.join(found)}."
-    single = [c.label for c in others if c not in known and c.label in findings.differences]
+    single = [c.label for c in others if c not in known and c.label in comparison.differences]
     if single:
         yield f"One seed in common with {baseline.label} tells no spread; may be chance: {'; '.join(single)}."
-    if none := [cell.label for cell in others if cell.label not in findings.differences]:
+    if none := [cell.label for cell in others if cell.label not in comparison.differences]:
         yield f"No seed in common with {baseline.label}, so not compared: {'; '.join(none)}."
     halves = [d.mean - d.low for cell, d in known.items() if not cell.is_dense and d.low is not None]
     if halves:
@@ -67,10 +68,10 @@ def _against_dense(findings: Findings, baseline: CellResult) -> Iterator[str]:
         )
     same = [
         _compared(cell, dense)
-        for cell in findings.sparse
-        for dense in findings.dense
+        for cell in comparison.sparse
+        for dense in comparison.dense
         if dense is not baseline
-        and abs(cell.ledger.total / dense.ledger.total - 1) <= TOLERANCE
+        and abs(cell.counts.total / dense.counts.total - 1) <= TOLERANCE
         and _share_seeds(cell, dense)
     ]
     if same:
@@ -89,7 +90,7 @@ def _along(curve: Curve) -> Iterator[str]:
     if far := [_compared(cell, first) for cell in others[1:] if _share_seeds(cell, first)]:
         yield f"And from the first{along}: {'; '.join(far)}."
     if (law := curve.law) is not None:
-        change = (curve.cells[-1].ledger.total / first.ledger.total) ** law.exponent.mean - 1
+        change = (curve.cells[-1].counts.total / first.counts.total) ** law.exponent.mean - 1
         supports = ""
         if law.exponent.low is None:
             supports = "; one seed tells no spread"
@@ -126,22 +127,22 @@ def _with_flops(cell: CellResult, other: CellResult) -> str:
     return f" (with {times:.3g} times its FLOPs)" if abs(times - 1) > 2 * TOLERANCE else ""
 
 
-def _equivalents(findings: Findings) -> Iterator[str]:
-    law, dense = findings.dense_law, [cell.ledger.active_no_input_emb for cell in findings.dense]
-    if law is None or not findings.sparse:
+def _equivalents(comparison: Comparison) -> Iterator[str]:
+    law, dense = comparison.dense_law, [cell.counts.active_no_input_emb for cell in comparison.dense]
+    if law is None or not comparison.sparse:
         return
     through = (
         "through the dense runs, loss is a power of active parameters (without the input embedding) with "
         f"exponent {with_bounds(law.exponent)}"
     )
-    if not findings.worth:
+    if not comparison.worth:
         why = ", which is not below zero on every seed and beyond doubt"
         if law.exponent.low is None:
             why = "; one seed tells no spread"
         yield f"What dense size the sparse models are worth is not told by these runs: {through}{why}."
         return
     found = []
-    for label, size in findings.worth.items():
+    for label, size in comparison.worth.items():
         known = [bound for bound in size if bound is not None]
         bounds = f" [{short(known[1])}, {short(known[2])}]" if len(known) > 1 else ""
         beyond = ", extrapolated" if min(known) < min(dense) or max(known) > max(dense) else ""

@@ -1,4 +1,4 @@
-"""Pictures of a sweep; every one has its units, and is read without colour as well."""
+"""The figures of an ablation; each one has its units and can be read without colour."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from moe.ablation.cells import TOLERANCE
-from moe.ablation.comparison import CellResult, Findings, Run
+from moe.ablation.comparison import Comparison
+from moe.ablation.results import CellResult, Run
 
 _MARKERS, _LINES = "osD^vP*X", ("-", "--", "-.", ":")
 _INK, _SPARSE, _DENSE = "#222222", "#7f9fca", "#dddddd"
@@ -33,18 +34,18 @@ _COST = {
 }
 
 
-class _Picture(NamedTuple):
+class _Figure(NamedTuple):
     name: str
     title: str
     caption: str
     fill: Callable[[Axes], None]
 
 
-def draw(findings: Findings, folder: Path, suffix: str) -> list[tuple[Path, str]]:
+def draw_figures(comparison: Comparison, folder: Path, suffix: str) -> list[tuple[Path, str]]:
     """Draw everything that the cells have.
 
     Args:
-        findings: to show.
+        comparison: to show.
         folder: of the PNGs.
         suffix: of their names.
 
@@ -52,7 +53,7 @@ def draw(findings: Findings, folder: Path, suffix: str) -> list[tuple[Path, str]
         The PNGs with their captions.
     """
     pictures = []
-    for name, title, caption, fill in _pictures(findings):
+    for name, title, caption, fill in _figures(comparison):
         figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=130, layout="constrained")
         fill(axes)
         axes.set_title(title, fontsize=12)
@@ -65,69 +66,69 @@ def draw(findings: Findings, folder: Path, suffix: str) -> list[tuple[Path, str]
     return pictures
 
 
-def _pictures(findings: Findings) -> Iterator[_Picture]:
-    cells, baseline = findings.cells, findings.baseline
-    flops = [cell.flops for cell in (*findings.sparse, *([baseline] if baseline else []))]
+def _figures(comparison: Comparison) -> Iterator[_Figure]:
+    cells, baseline = comparison.cells, comparison.baseline
+    flops = [cell.flops for cell in (*comparison.sparse, *([baseline] if baseline else []))]
     equal = max(flops) <= (1 + TOLERANCE) ** 2 * min(flops)
-    yield _Picture(
+    yield _Figure(
         "loss_against_parameters",
         f"Final loss against total parameters{' (sparse: equal active FLOPs)' if equal else ''}",
         "Small points are seeds (dense to the left of their mean, sparse to the right), large ones their "
         "means. Filled: sparse. Hollow: dense, of more FLOPs the larger they are. Dashed: a power law, where "
         "the seeds support one.",
-        lambda axes: _against_parameters(axes, findings),
+        lambda axes: _against_parameters(axes, comparison),
     )
-    if baseline is not None and any(d.low is not None for d in findings.differences.values()):
-        yield _Picture(
+    if baseline is not None and any(d.low is not None for d in comparison.differences.values()):
+        yield _Figure(
             "difference_to_dense",
             f"Difference of the final loss to {baseline.label}",
             "Mean over seeds, paired by seed, with 95 % intervals. Below zero is better.",
-            lambda axes: _differences(axes, findings),
+            lambda axes: _differences(axes, comparison),
         )
     curves = "Mean over seeds, from a third of the training on."
-    yield _Picture(
+    yield _Figure(
         "loss_against_flops",
         "Loss against training FLOPs",
         curves,
         lambda axes: _curves(axes, cells, _flops_at, "training FLOPs"),
     )
-    yield _Picture(
+    yield _Figure(
         "loss_against_time",
         "Loss against time",
         f"{curves} Tokens over the run's tokens per second, evaluation and saving not counted, on a machine "
         "that runs side by side share. Each curve's learning rate ends with it, so only ends compare fully.",
         lambda axes: _curves(axes, cells, _seconds_at, "time of the training steps (seconds)"),
     )
-    yield _Picture(
+    yield _Figure(
         "speed",
         "Training speed",
         "Median over seeds, evaluation and saving not counted. Light: dense.",
         lambda axes: _bars(axes, cells, [cell.tokens_per_s for cell in cells], "tokens per second"),
     )
     for key, title in _HEALTH.items():
-        values = [cell.mean(f"moe/{key}") or 0.0 for cell in findings.sparse]
+        values = [cell.mean(f"moe/{key}") or 0.0 for cell in comparison.sparse]
         if any(values):
-            yield _Picture(
+            yield _Figure(
                 key,
                 f"Router health: {title[0].lower()}{title[1:]}",
                 "Mean over the last tenth of the training and over seeds.",
-                partial(_bars, cells=findings.sparse, heights=values, label=title),
+                partial(_bars, cells=comparison.sparse, heights=values, label=title),
             )
     for key, title in _COST.items():
         costs = [cost for cell in cells if (cost := cell.cost(key)) is not None]
         if len(costs) == len(cells):
             fill = partial(_bars, cells=cells, heights=costs, label=title)
-            yield _Picture(key, title, "Mean over seeds.", fill)
+            yield _Figure(key, title, "Mean over seeds.", fill)
 
 
-def _against_parameters(axes: Axes, findings: Findings) -> None:
+def _against_parameters(axes: Axes, comparison: Comparison) -> None:
     for name, cells, fill, side in (
-        ("sparse", findings.sparse, _INK, 1.03),
-        ("dense", findings.dense, "white", 0.97),
+        ("sparse", comparison.sparse, _INK, 1.03),
+        ("dense", comparison.dense, "white", 0.97),
     ):
         style: dict[str, Any] = {"color": _INK, "markerfacecolor": fill}
         for number, cell in enumerate(cells):
-            total = cell.ledger.total / 1e6
+            total = cell.counts.total / 1e6
             axes.plot([side * total] * len(cell.runs), list(cell.losses.values()), "o", markersize=3, **style)
             axes.plot(total, cell.mean_loss, "o", markersize=8, label=None if number else name, **style)
             place = (10, 7 if cell.is_dense else -14)
@@ -139,7 +140,7 @@ def _against_parameters(axes: Axes, findings: Findings) -> None:
                 fontsize=8,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             )
-    for curve in findings.curves:
+    for curve in comparison.curves:
         if curve.key == "moe.num_experts":
             _line(axes, curve.cells, "-")
         if curve.law is not None and not curve.law.may_be_flat:
@@ -147,9 +148,9 @@ def _against_parameters(axes: Axes, findings: Findings) -> None:
             axes.plot(
                 at / 1e6, curve.law.scale * at**curve.law.exponent.mean, "--", color="#888888", linewidth=1
             )
-    _line(axes, findings.dense, ":")
+    _line(axes, comparison.dense, ":")
     axes.set(xscale="log", xlabel="total parameters (millions)", ylabel=_LOSS)
-    lowest, highest = (total / 1e6 for total in _ends(findings.cells))
+    lowest, highest = (total / 1e6 for total in _ends(comparison.cells))
     axes.set_xlim(lowest / 1.15, 1.8 * highest)  # room for the last label
     ticks = [1, 2, 5] if highest > 5 * lowest else range(1, 10)
     axes.xaxis.set_major_locator(LogLocator(subs=ticks))
@@ -159,17 +160,17 @@ def _against_parameters(axes: Axes, findings: Findings) -> None:
 
 
 def _ends(cells: Sequence[CellResult]) -> tuple[int, int]:
-    totals = [cell.ledger.total for cell in cells]
+    totals = [cell.counts.total for cell in cells]
     return min(totals), max(totals)
 
 
 def _line(axes: Axes, cells: Sequence[CellResult], style: str) -> None:
-    totals = [cell.ledger.total / 1e6 for cell in cells]
+    totals = [cell.counts.total / 1e6 for cell in cells]
     axes.plot(totals, [cell.mean_loss for cell in cells], style, color=_INK, linewidth=1.2, zorder=1)
 
 
-def _differences(axes: Axes, findings: Findings) -> None:
-    shown = [(label, d) for label, d in findings.differences.items() if d.low is not None]
+def _differences(axes: Axes, comparison: Comparison) -> None:
+    shown = [(label, d) for label, d in comparison.differences.items() if d.low is not None]
     axes.axhline(0, color=_INK, linewidth=1)
     for place, (_, difference) in enumerate(shown):
         assert difference.low is not None
@@ -188,7 +189,7 @@ def _differences(axes: Axes, findings: Findings) -> None:
 
 
 def _flops_at(run: Run, cell: CellResult, step: int, tokens: int) -> float:
-    return tokens * cell.ledger.flops_per_token_train
+    return tokens * cell.counts.flops_per_token_train
 
 
 def _seconds_at(run: Run, cell: CellResult, step: int, tokens: int) -> float:
@@ -196,10 +197,7 @@ def _seconds_at(run: Run, cell: CellResult, step: int, tokens: int) -> float:
 
 
 def _curves(
-    axes: Axes,
-    cells: Sequence[CellResult],
-    place: Callable[[Run, CellResult, int, int], float],
-    label: str,
+    axes: Axes, cells: Sequence[CellResult], place: Callable[[Run, CellResult, int, int], float], label: str
 ) -> None:
     for index, cell in enumerate(cells):
         points: dict[int, list[tuple[float, float]]] = {}

@@ -1,4 +1,4 @@
-"""The report of a sweep: `report.html` that opens without a network, `results.csv`, PNGs."""
+"""The report of an ablation: `report.html` that opens without a network, `results.csv` and PNGs."""
 
 import csv
 import html
@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe.ablation.ablation_folder import SweepFolder
-from moe.ablation.comparison import Findings, analyse, read_runs, rows
-from moe.ablation.conclusions import sentences
-from moe.ablation.figures import draw
-from moe.config.schema import ConfigError
+from moe.ablation.ablation_folder import AblationFolder
+from moe.ablation.comparison import Comparison, compare, rows
+from moe.ablation.conclusions import conclusions
+from moe.ablation.figures import draw_figures
+from moe.ablation.results import read_runs
+from moe.config import ConfigError
 from moe.tables import plain, short
 
 _STYLE = """
@@ -62,12 +63,12 @@ def write_report(root: Path) -> list[str]:
         ConfigError: there is none, or the folder cannot be written.
     """
     runs, left_out = read_runs(root)
-    sets, record = analyse(runs), SweepFolder(root)
+    sets, record = compare(runs), AblationFolder(root)
     notes, said, table, sections = [], [], [], []
     if record.is_quick():
         notes.append(
-            "A quick sweep, of models far from converged: neither the size of the differences nor the order "
-            "of close cells carries over to the whole training."
+            "A quick ablation, of models far from converged: neither the size of the differences nor the "
+            "order of close cells carries over to the whole training."
         )
     if unfinished := record.unfinished():
         notes.append(f"Not finished, and so not counted: {'; '.join(unfinished)}.")
@@ -75,10 +76,10 @@ def write_report(root: Path) -> list[str]:
         places = "; ".join(str(path.relative_to(root)) for path in left_out)
         notes.append(f"Left out, as another run has the same settings and seed: {places}.")
     try:
-        for number, findings in enumerate(sets, 1):
-            some, sentence = list(rows(findings)), list(sentences(findings))
-            pictures = draw(findings, root, f"_{number}" if len(sets) > 1 else "")
-            sections.append(_section(findings, some, sentence, pictures))
+        for number, comparison in enumerate(sets, 1):
+            some, sentence = list(rows(comparison)), list(conclusions(comparison))
+            pictures = draw_figures(comparison, root, f"_{number}" if len(sets) > 1 else "")
+            sections.append(_section(comparison, some, sentence, pictures))
             table += some
             said += sentence
         with (root / "results.csv").open("w", newline="", encoding="utf-8") as file:
@@ -101,7 +102,7 @@ def write_report(root: Path) -> list[str]:
 
 
 def _section(
-    findings: Findings, table: list[dict[str, Any]], said: list[str], pictures: list[tuple[Path, str]]
+    comparison: Comparison, table: list[dict[str, Any]], said: list[str], pictures: list[tuple[Path, str]]
 ) -> str:
     figures = "".join(
         f'<figure><div class="scroll"><img alt="{html.escape(caption)}" src="data:image/png;base64,'
@@ -110,7 +111,7 @@ def _section(
         for path, caption in pictures
     )
     return (
-        f"<p>{html.escape(_opening(findings))}</p>\n"
+        f"<p>{html.escape(_opening(comparison))}</p>\n"
         "<h2>What it shows</h2>\n<ul>" + "".join(f"<li>{html.escape(one)}</li>\n" for one in said) + "</ul>\n"
         f'<h2>Quality</h2>\n<div class="scroll">{_table(table, _QUALITY)}</div>\n'
         "<p>Loss: validation, mean over seeds, with a 95 % interval that holds what seeds vary in all cells "
@@ -121,11 +122,11 @@ def _section(
     )
 
 
-def _opening(findings: Findings) -> str:
-    cells = findings.cells
+def _opening(comparison: Comparison) -> str:
+    cells = comparison.cells
     run = next(iter(cells[0].runs.values()))
     seeds = sorted({seed for cell in cells for seed in cell.runs})
-    settings = f"{findings.title}: " if findings.title else ""
+    settings = f"{comparison.title}: " if comparison.title else ""
     return (
         f"{settings}{sum(len(cell.runs) for cell in cells)} runs of {len(cells)} cells, "
         f"seeds {', '.join(map(str, seeds))}, {short(run.summary['tokens'])} tokens each of "

@@ -1,4 +1,4 @@
-"""Train the runs of a sweep, some side by side, each in a process of its own."""
+"""Train the runs of an ablation, some side by side, each in a process of its own."""
 
 import fcntl
 import os
@@ -6,17 +6,36 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
 
-from moe.ablation.ablation_folder import SweepFolder
+from moe.ablation.ablation_folder import AblationFolder
 from moe.ablation.cells import Cell
 from moe.runs.metrics_log import read_metrics
 from moe.runs.run_folder import RunFolder
 
 PROGRESS_SECONDS = 60
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Within it, Ctrl-C and SIGTERM raise KeyboardInterrupt.
+
+    Also where a shell without job control started this in the background, and had SIGINT ignored.
+    """
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = {name: signal.signal(name, interrupt) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +66,14 @@ class Task:
         """Of so many steps."""
         train = self.cell.config.train
         tokens = train.global_batch_size * self.cell.config.data.seq_len
-        return step * tokens * self.cell.ledger.flops_per_token_train
+        return step * tokens * self.cell.counts.flops_per_token_train
 
 
-class Sweep:
+class AblationRunner:
     """Runs, and the record of them.
 
     Args:
-        folder: of the sweep, with its plan written.
+        folder: of the ablation, with its plan written.
         tasks: what this command asks for.
         command: that starts train.py; the configuration and run.* are appended.
         jobs: how many runs go side by side.
@@ -62,7 +81,12 @@ class Sweep:
     """
 
     def __init__(
-        self, folder: SweepFolder, tasks: Sequence[Task], command: list[str], jobs: int, threads: int | None
+        self,
+        folder: AblationFolder,
+        tasks: Sequence[Task],
+        command: list[str],
+        jobs: int,
+        threads: int | None,
     ):
         self._folder, self._tasks, self._command, self._jobs = folder, tasks, command, jobs
         self._environment = {"WANDB_RUN_GROUP": folder.path.resolve().name} | os.environ
@@ -122,7 +146,7 @@ class Sweep:
                 self._folder.write_results(self._exit_codes)
 
     def _wait_for_orphan(self, log: IO[bytes], task: Task) -> None:
-        """Wait for a run that outlived a killed sweep: it inherited the lock of its log."""
+        """Wait for a run that outlived a killed ablation: it inherited the lock of its log."""
         is_told = False
         while not self._stopping:
             try:
@@ -137,7 +161,7 @@ class Sweep:
                 time.sleep(0.5)
 
     def _progress(self) -> str:
-        """Where the sweep stands."""
+        """How far the ablation is."""
         with self._lock:
             running = list(self._running)
         total, done = sum(task.flops(task.cell.config.train.steps) for task in self._tasks), self._flops()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from moe.config.schema import Config, ModelConfig, moe_layers
+from moe.config import Config, ModelConfig
 
 PARTS = (
     "embedding",
@@ -26,7 +26,7 @@ PARTS = (
 
 
 @dataclass(frozen=True)
-class Ledger:
+class ModelCounts:
     """Counts of one architecture.
 
     Attributes:
@@ -112,12 +112,15 @@ class Ledger:
         }
 
 
-def count(config: Config) -> Ledger:
-    """Count parameters and FLOPs. `model.vocab_size` must be resolved."""
+def count_parameters(config: Config) -> ModelCounts:
+    """Count the parameters and FLOPs of a configuration.
+
+    Raises:
+        ConfigError: `model.vocab_size` is null.
+    """
     model, moe = config.model, config.moe
-    assert model.vocab_size is not None, "model.vocab_size must be resolved from the tokenizer"
     layers = tuple(_count_layer(config, layer) for layer in range(model.n_layers))
-    embedding = model.vocab_size * model.d_model
+    embedding = config.vocab_size * model.d_model
     by_part = Counter(embedding=embedding, norms=model.d_model, head=0 if model.tie_embeddings else embedding)
     for layer in layers:
         by_part.update(layer)
@@ -128,7 +131,7 @@ def count(config: Config) -> Ledger:
     scores = model.n_layers * causal_attention_flops(
         model.n_heads, model.head_dim, model.head_dim, config.data.seq_len
     )
-    return Ledger(
+    return ModelCounts(
         config.run.name,
         config.data.seq_len,
         {part: by_part[part] for part in PARTS if by_part[part]},
@@ -151,7 +154,7 @@ def _count_layer(config: Config, layer: int) -> dict[str, int]:
         "attention": heads * model.d_model * model.head_dim,
         "norms": 2 * model.d_model + qk_norms(model),
     }
-    if layer not in moe_layers(model, moe):
+    if layer not in config.moe_layers:
         return parts | {"dense_blocks": 3 * model.d_model * model.d_ff}
     if moe.is_dense:
         return parts | {"dense_blocks": (1 + moe.num_shared_experts) * expert}

@@ -22,9 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe.accounting.counts import PARTS, Ledger, causal_attention_flops, count
-from moe.config.loading import parse_config
-from moe.config.schema import ConfigError
+from moe.accounting.counts import PARTS, ModelCounts, causal_attention_flops, count_parameters
+from moe.config import ConfigError, parse_config
 
 if TYPE_CHECKING:  # importing them takes seconds, and counting our own models needs neither
     from torch import Tensor, nn
@@ -45,7 +44,7 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k
 _HEAD_DIM = ("head_dim", "head_size", "attention_head_size")
 
 
-def count_huggingface(source: str, seq_len: int) -> Ledger:
+def count_huggingface(source: str, seq_len: int) -> ModelCounts:
     """Count parameters, and the FLOPs of a token of text in a sequence of `seq_len` tokens.
 
     Args:
@@ -108,7 +107,7 @@ def _build(file: Path, model_type: Any) -> "PreTrainedModel":
         return auto.from_config(config, trust_remote_code=False, attn_implementation="eager")
 
 
-def _count(model: "PreTrainedModel", name: str, seq_len: int) -> Ledger:
+def _count(model: "PreTrainedModel", name: str, seq_len: int) -> ModelCounts:
     text: Any = model.config.get_text_config()
     trunk, layers = _find_layers(model)
     groups, flops = [], Counter()
@@ -130,7 +129,7 @@ def _count(model: "PreTrainedModel", name: str, seq_len: int) -> Ledger:
     if not counts[-1]["embedding"]:
         raise ConfigError("--hf", f"{name} has no vocabulary or no width; correct its fields")
     *by_layer, _, by_part = (_in_order(numbers) for numbers in [*counts, sum(counts, Counter())])
-    return Ledger(name, seq_len, by_part, idle, _in_order(flops), tuple(by_layer))
+    return ModelCounts(name, seq_len, by_part, idle, _in_order(flops), tuple(by_layer))
 
 
 def _in_order(numbers: Counter[str]) -> dict[str, int]:
@@ -260,7 +259,7 @@ def _pairs(text: Any, kind: str, seq_len: int) -> int:
     return window * (window + 1) // 2 + (seq_len - window) * window
 
 
-def _count_deepseek(values: dict[str, Any], name: str, seq_len: int) -> Ledger:
+def _count_deepseek(values: dict[str, Any], name: str, seq_len: int) -> ModelCounts:
     """DeepSeek-MoE, as our own configuration: transformers does not have it. Defaults are its own."""
     if values.get("moe_layer_freq", 1) != 1:
         raise ConfigError("--hf", "deepseek models have moe_layer_freq 1; count a deepseek_v2 or deepseek_v3")
@@ -282,7 +281,9 @@ def _count_deepseek(values: dict[str, Any], name: str, seq_len: int) -> Ledger:
         "normalize_gate_weights": False,
         "first_dense_layers": values.get("first_k_dense_replace", 0),
     }
-    return replace(count(parse_config({"model": model, "moe": moe, "data": {"seq_len": seq_len}})), name=name)
+    return replace(
+        count_parameters(parse_config({"model": model, "moe": moe, "data": {"seq_len": seq_len}})), name=name
+    )
 
 
 @contextmanager

@@ -12,12 +12,14 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moe.config import RunError, first_line
+
 FORMAT = 2
 _SHARD_NAME = re.compile(r"\d{5}-\d{5}\.safetensors")
 _WRITER_KEYS = ("ep_size", "zero_stage", "precision")
 
 
-class CheckpointError(Exception):
+class CheckpointError(RunError):
     """A checkpoint is damaged or does not fit; the message says which file or tensor, and how."""
 
 
@@ -108,8 +110,7 @@ def read_manifest(path: Path) -> Manifest:
             raise CheckpointError("manifest.json does not match its checksum")
         return Manifest.model_validate(body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"manifest.json cannot be read ({problem})") from None
+        raise CheckpointError(f"manifest.json cannot be read ({first_line(error)})") from None
 
 
 def check_shards(path: Path, manifest: Manifest) -> None:

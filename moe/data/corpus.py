@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from moe.config.loading import first_line
-from moe.config.schema import ConfigError, DataConfig
+from moe.config import ConfigError, DataConfig, first_line
 
 Split = Literal["train", "validation"]
 VALIDATION_SHARE = 20  # one document in this many

@@ -6,8 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, try_to_load_from_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moe.config.loading import first_line
-from moe.config.schema import Config, ConfigError
+from moe.config import Config, ConfigError, first_line
 
 END_TOKEN = "<|endoftext|>"
 _KNOWN_END_TOKENS = (END_TOKEN, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")

@@ -14,70 +14,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.model.losses import count_assignments
-
 
 @dataclass(frozen=True)
 class Permutation:
     """Which row holds which assignment.
 
     Attributes:
-        assignment_of_row: (N,) int64. Rows past `tokens_per_expert.sum()` hold no kept assignment.
+        assignment_of_row: (N,) int64. Rows past `rows_per_expert.sum()` hold no kept assignment.
         row_of_assignment: (T, K) int64. Undefined, but a valid index, for a dropped assignment.
-        tokens_per_expert: (E,) int64, rows of each expert after dropping, in the order of the rows.
+        rows_per_expert: (E,) int64, after dropping, in the order of the rows.
         kept: (T, K) bool, or None when nothing can be dropped.
     """
 
     assignment_of_row: Tensor
     row_of_assignment: Tensor
-    tokens_per_expert: Tensor
+    rows_per_expert: Tensor
     kept: Tensor | None
 
 
-def plan_permutation(
-    expert_indices: Tensor, num_experts: int, gate_weights: Tensor, expert_capacity: int | None = None
-) -> Permutation:
-    """Sort the assignments by expert; with a capacity, drop each expert's lowest gate weights.
-
-    Equal gate weights are kept in the order of choices, first choices before second ones, then of tokens.
-    The number of rows is `T * K` when dropless, else `min(T * K, E * expert_capacity)`: a bound that needs no
-    look at the data, so that the device is never waited for.
+def count_assignments(expert_indices: Tensor, num_experts: int) -> Tensor:
+    """How many assignments each expert got, without waiting for the device.
 
     Args:
-        expert_indices: (T, K) int64, the experts of each token, best first.
+        expert_indices: (T, K) int64.
         num_experts: E.
-        gate_weights: (T, K), any float type; read only when there is a capacity.
-        expert_capacity: most assignments an expert may take. None: dropless.
 
     Returns:
-        The plan, on the device of `expert_indices`.
+        (E,) int64, summing to T * K.
     """
-    T, K = expert_indices.shape
-    counts_E = count_assignments(expert_indices, num_experts)
-    if expert_capacity is None:
-        order_A = expert_indices.flatten().argsort(stable=True)
-        return Permutation(order_A, _inverse(order_A).view(T, K), counts_E, None)
+    flat = expert_indices.flatten()
+    return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
 
-    # Two stable sorts make one ordering by (expert, gate weight descending, choice, token).
-    by_choice_A = torch.arange(T * K, device=expert_indices.device).view(T, K).t().flatten()
-    gates_A = gate_weights.detach().flatten().gather(0, by_choice_A)
-    by_gate_A = by_choice_A.gather(0, gates_A.argsort(descending=True, stable=True))
-    experts_A, by_expert = expert_indices.flatten().gather(0, by_gate_A).sort(stable=True)
-    order_A = by_gate_A.gather(0, by_expert)
-    first_row_E = counts_E.cumsum(0) - counts_E
-    place_A = torch.arange(T * K, device=order_A.device) - first_row_E.gather(0, experts_A)
 
-    # Dropped assignments go behind all kept ones; what fits into the bound is cut off there.
-    dropped_A, kept_first = (place_A >= expert_capacity).to(torch.uint8).sort(stable=True)
-    order_A = order_A.gather(0, kept_first)
-    num_rows = min(T * K, num_experts * expert_capacity)
-    row_A = _inverse(order_A)
-    return Permutation(
-        assignment_of_row=order_A.narrow(0, 0, num_rows),
-        row_of_assignment=row_A.clamp(max=num_rows - 1).view(T, K),
-        tokens_per_expert=counts_E.clamp(max=expert_capacity),
-        kept=(dropped_A.gather(0, row_A) == 0).view(T, K),
-    )
+def plan_permutation(expert_indices: Tensor, tokens_per_expert: Tensor) -> Permutation:
+    """Sort all assignments by expert; nothing is dropped.
+
+    Args:
+        expert_indices: (T, K) int64.
+        tokens_per_expert: (E,) int64, from `count_assignments`.
+
+    Returns:
+        The plan, with T * K rows, on the device of `expert_indices`.
+    """
+    order_A = expert_indices.flatten().argsort(stable=True)
+    return Permutation(order_A, inverse(order_A).view(expert_indices.shape), tokens_per_expert, None)
 
 
 def plan_routed(places: Tensor, num_places: int, num_rows: int) -> Permutation:
@@ -92,11 +72,11 @@ def plan_routed(places: Tensor, num_places: int, num_rows: int) -> Permutation:
         The plan, with E = `num_places`.
     """
     order_A = places.flatten().argsort(stable=True)
-    row_A = _inverse(order_A).clamp(max=max(num_rows - 1, 0))
+    row_A = inverse(order_A).clamp(max=max(num_rows - 1, 0))
     return Permutation(
         assignment_of_row=order_A.narrow(0, 0, num_rows),
         row_of_assignment=row_A.view(places.shape),
-        tokens_per_expert=count_assignments(places, num_places + 1).narrow(0, 0, num_places),
+        rows_per_expert=count_assignments(places, num_places + 1).narrow(0, 0, num_places),
         kept=places < num_places,
     )
 
@@ -220,9 +200,10 @@ def _gather(rows_ND: Tensor, places_TK: Tensor, kept_TK: Tensor | None) -> Tenso
 def _used(permutation: Permutation) -> Tensor:
     """(N,) bool: the rows that hold a kept assignment."""
     rows_N = torch.arange(len(permutation.assignment_of_row), device=permutation.assignment_of_row.device)
-    return rows_N < permutation.tokens_per_expert.sum()
+    return rows_N < permutation.rows_per_expert.sum()
 
 
-def _inverse(order_A: Tensor) -> Tensor:
+def inverse(order_A: Tensor) -> Tensor:
+    """The permutation (A,) int64 that undoes `order_A`."""
     places_A = torch.arange(order_A.numel(), device=order_A.device)
     return torch.empty_like(order_A).scatter_(0, order_A, places_A)

@@ -1,1 +1,1 @@
-"""The ranks of a run: topology, process groups, launchers, collectives, and errors that all ranks agree on."""
+"""The ranks of a run: topology, process groups, launchers, collectives, and errors of all ranks."""

@@ -1,7 +1,9 @@
-"""The process groups of a run, made once and handed to whoever needs them."""
+"""This process among all ranks, and the process groups it belongs to."""
 
 from dataclasses import dataclass
+from typing import TextIO
 
+import torch
 from torch.distributed import ProcessGroup
 
 
@@ -22,3 +24,25 @@ class ParallelGroups:
     edp_group: ProcessGroup
     ep_size: int
     ep_rank: int
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all ranks.
+
+    Attributes:
+        rank: place of this process among all of them.
+        size: number of ranks.
+        device: of this process.
+        groups: its process groups.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    groups: ParallelGroups
+
+    def print(self, text: str, file: TextIO | None = None) -> None:
+        """Print on rank 0 only."""
+        if self.rank == 0:
+            print(text, file=file, flush=True)

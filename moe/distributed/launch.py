@@ -1,20 +1,16 @@
-"""What a launcher tells a process, joining the others, and finding out who is missing."""
+"""What a launcher tells a process, and joining and leaving the process group."""
 
 import datetime
 import os
-import threading
 import time
 import uuid
 
 import torch
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
-from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.distributed.rendezvous import rendezvous
 
-from moe.config.loading import first_line
-from moe.config.schema import ConfigError, ParallelConfig
-
-_PATIENCE_S = 5.0
+from moe.config import ConfigError, ParallelConfig
 
 
 def world_size() -> int:
@@ -112,41 +108,3 @@ def set_timeouts(timeout_s: float) -> None:
     """Bound the collectives of every group there is; torch gives a new one 10 (NCCL) or 30 minutes (gloo)."""
     for group in list(_world.pg_map):
         _set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
-
-
-def why_lost(error: RuntimeError) -> str | None:
-    """One line on a collective that failed, and on who is missing; None where the error is no collective's.
-
-    To be called on every rank on which one failed: calling it says that this rank is alive. A rank that says
-    nothing within some seconds died, hangs, or is too busy to have noticed. Under NCCL torch's watchdog may
-    end the process first, with a message of its own.
-    """
-    text = str(error)
-    is_collective = isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text
-    if not is_collective or world_size() == 1:
-        return None
-    if not torch.distributed.is_initialized():
-        return f"rank {rank()}: {first_line(error)}: could not join the other ranks"
-    silent = [0]  # keeps the store, where no launcher does; if it hangs, so does whoever asks the store
-    asking = threading.Thread(target=lambda: silent.__setitem__(slice(None), _silent_ranks()), daemon=True)
-    asking.start()
-    asking.join(2 * _PATIENCE_S)
-    who = f"no sign of life from rank {', '.join(map(str, silent))}" if silent else "every rank is alive"
-    return f"rank {rank()}: {first_line(error)}: {who}"
-
-
-def _silent_ranks() -> list[int]:
-    store = _get_default_store()
-    deadline = time.monotonic() + _PATIENCE_S
-    silent = []
-    try:
-        store.set(f"alive/{rank()}", "1")
-        for other in range(world_size()):
-            left = max(deadline - time.monotonic(), 0.05)
-            try:
-                store.wait([f"alive/{other}"], datetime.timedelta(seconds=left))
-            except torch.distributed.DistStoreError:
-                silent.append(other)
-    except (torch.distributed.DistNetworkError, ConnectionError):
-        return [0]  # which keeps the store, where no launcher does
-    return silent

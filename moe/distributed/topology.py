@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moe.config.schema import ConfigError
+from moe.config import ConfigError
 
 
 @dataclass(frozen=True)

@@ -1,58 +1,91 @@
-"""Sample text from a model, and load a model from a finished run."""
+"""Generate text: sample one token after another from a model."""
 
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from moe.checkpoint.manifest import CheckpointError
-from moe.checkpoint.saving import newest_checkpoint
-from moe.config.loading import load_config
-from moe.config.schema import Config, ConfigError
-from moe.data.tokenizer import read_tokenizer
-from moe.dispatch.all_to_all import LocalDispatcher
-from moe.model.grouped_mm import choose_expert_path
+from moe.config import ConfigError
+from moe.inference.trained_run import TrainedRun
 from moe.model.transformer import Transformer
-from moe.runs.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: how many to add at most.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: sample among the likeliest tokens that together reach this mass (Holtzman et al. 2020).
+        seed: of this text alone; the global random state is untouched.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError("max_new_tokens", f"should be at least 1, got {self.max_new_tokens}")
+        if not self.temperature >= 0:
+            raise ConfigError("temperature", f"should be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError("top_p", f"should be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("seed", f"should be at least 0 and below 2**63, got {self.seed}")
+
+
+def generate(run: TrainedRun, prompt: str = "", sampling: Sampling | None = None) -> str:
+    """Continue a text with a trained run.
+
+    Args:
+        run: from `load_run`.
+        prompt: the text to continue; empty: a new document.
+        sampling: how tokens are chosen. None: the defaults of `Sampling`.
+
+    Returns:
+        The prompt and its continuation.
+    """
+    ids = run.tokenizer.encode(prompt, add_special_tokens=False).ids or [run.end_id]
+    tokens = torch.tensor(ids, device=run.model.embedding.weight.device)
+    return run.tokenizer.decode(
+        generate_tokens(run.model, tokens, sampling or Sampling(), run.end_id).tolist()
+    )
 
 
 @torch.no_grad()
-def generate(
-    model: torch.nn.Module,
+def generate_tokens(
+    model: Transformer,
     prompt: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    max_context: int,
+    sampling: Sampling,
     end_id: int | None = None,
     agree: Callable[[Tensor], Tensor] = lambda token: token,
 ) -> Tensor:
     """Extend a prompt token by token, recomputing the context each time.
 
     Args:
-        model: a `Transformer`; put into evaluation mode for the duration.
+        model: put into evaluation mode for the duration; it sees its `max_seq_len` last tokens.
         prompt: (S,) int64, at least one token, on the model's device.
-        max_new_tokens: how many to add at most.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: samples among the likeliest tokens that together reach this mass (Holtzman et al. 2020).
-        seed: of this text alone; the global random state is untouched.
-        max_context: the model sees this many last tokens.
+        sampling: how tokens are chosen.
         end_id: stop after this token.
-        agree: what makes each new token (1,) the same on all ranks, where they share the experts.
+        agree: makes each new token (1,) the same on all ranks, where they share the experts.
 
     Returns:
         (S + new,) int64.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(sampling.seed)
     was_training = model.training
     model.eval()
     tokens = prompt
-    for _ in range(max_new_tokens):
-        logits = model(tokens[None, -max_context:]).logits[0, -1].float().cpu()
-        token = agree(_sample(logits, temperature, top_p, generator).to(tokens.device))
+    for _ in range(sampling.max_new_tokens):
+        logits = model(tokens[None, -model.max_seq_len :]).logits[0, -1].float().cpu()
+        token = agree(choose_token(logits, sampling, generator).to(tokens.device))
         tokens = torch.cat([tokens, token])
         if token.item() == end_id:
             break
@@ -60,34 +93,20 @@ def generate(
     return tokens
 
 
-def load_model(run: Path, device: torch.device) -> tuple[Transformer, Tokenizer, Config]:
-    """Load the newest checkpoint of a run in fp32, in evaluation mode.
+def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Draw one token.
 
-    Raises:
-        ConfigError: the folder is no run, or holds no sound checkpoint.
+    Args:
+        logits: (V,) fp32.
+        sampling: its temperature and top_p.
+        generator: of random numbers.
+
+    Returns:
+        (1,) int64.
     """
-    folder = RunFolder(run)
-    if not folder.config.exists():
-        raise ConfigError("RUN", f"{run} is no run folder; give one that train.py made, such as runs/tiny")
-    config = load_config(folder.config)
-    checkpoint, warnings = newest_checkpoint(folder.checkpoints)
-    if checkpoint is None:
-        raise ConfigError("RUN", warnings[0] if warnings else f"{run} has no checkpoint yet")
-    model = Transformer(config, LocalDispatcher(), choose_expert_path(device, torch.float32))
-    parameters = dict(model.named_parameters())
-    try:
-        checkpoint.check_names("weights", {name: tuple(p.shape) for name, p in parameters.items()})
-    except CheckpointError as error:
-        raise ConfigError("RUN", f"{error}; {folder.config} is of another model") from None
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(checkpoint.read("weights", name).view(parameter.shape))
-    return model.to(device).eval(), read_tokenizer(folder.tokenizer, "RUN"), config
-
-
-def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    if temperature == 0:
+    if sampling.temperature == 0:
         return logits.argmax()[None]
-    probs, order = ((logits - logits.max()) / temperature).softmax(0).sort(descending=True, stable=True)
-    outside = probs.cumsum(0) - probs >= top_p  # the token that crosses top_p still belongs
+    probs = ((logits - logits.max()) / sampling.temperature).softmax(0)
+    probs, order = probs.sort(descending=True, stable=True)
+    outside = probs.cumsum(0) - probs >= sampling.top_p  # the token that crosses top_p still belongs
     return order[probs.masked_fill(outside, 0).multinomial(1, generator=generator)]

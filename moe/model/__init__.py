@@ -1,1 +1,1 @@
-"""The decoder: attention, the mixture-of-experts layer with its router, experts and losses, and initialization."""
+"""The decoder: attention, the MoE layer with its router, experts and losses, and initial weights."""

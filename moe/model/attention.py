@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from moe.config.schema import ModelConfig
+from moe.config import ModelConfig
 
 NORM_EPS = 1e-5
 

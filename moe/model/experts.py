@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.model.grouped_mm import ExpertPath, grouped_mm, grouped_mm_reference
+from moe.model.grouped_mm import ExpertPath, choose_expert_path, grouped_mm, grouped_mm_reference
 
 
 class SwiGLU(nn.Module):
@@ -37,16 +37,19 @@ class GroupedExperts(nn.Module):
         expert_ids: E consecutive ones, those of this process.
         d_model: D.
         d_ff_expert: F.
-        path: `grouped_mm` (fast) or `loop` (the reference; any dtype and width). `choose_expert_path` picks.
+        path: `grouped_mm` (fast) or `loop` (the reference; any dtype and width). None: the fast one where the
+            device and dtype of the rows allow it.
     """
 
-    def __init__(self, num_experts: int, expert_ids: range, d_model: int, d_ff_expert: int, path: ExpertPath):
+    def __init__(
+        self, num_experts: int, expert_ids: range, d_model: int, d_ff_expert: int, path: ExpertPath | None
+    ):
         super().__init__()
         self.num_experts, self.expert_ids = num_experts, expert_ids
         self.w_gate = nn.Parameter(torch.empty(len(expert_ids), d_model, d_ff_expert))
         self.w_up = nn.Parameter(torch.empty(len(expert_ids), d_model, d_ff_expert))
         self.w_down = nn.Parameter(torch.empty(len(expert_ids), d_ff_expert, d_model))
-        self._grouped_mm = grouped_mm if path == "grouped_mm" else grouped_mm_reference
+        self.path = path
 
     def forward(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """Apply each expert to its rows.
@@ -58,6 +61,8 @@ class GroupedExperts(nn.Module):
         Returns:
             (N, D), same dtype. An expert without rows has zero gradients, not none.
         """
-        gate_NF = self._grouped_mm(rows, self.w_gate, tokens_per_expert)
-        up_NF = self._grouped_mm(rows, self.w_up, tokens_per_expert)
-        return self._grouped_mm(F.silu(gate_NF) * up_NF, self.w_down, tokens_per_expert)
+        path = self.path or choose_expert_path(rows.device, rows.dtype)
+        product = grouped_mm if path == "grouped_mm" else grouped_mm_reference
+        gate_NF = product(rows, self.w_gate, tokens_per_expert)
+        up_NF = product(rows, self.w_up, tokens_per_expert)
+        return product(F.silu(gate_NF) * up_NF, self.w_down, tokens_per_expert)

@@ -1,24 +1,10 @@
-"""The two auxiliary losses of a router, as pure tensor functions.
+"""The auxiliary losses and the entropy of a router, as pure tensor functions.
 
 Shape suffixes: T tokens, K experts per token, E experts.
 """
 
 import torch
 from torch import Tensor
-
-
-def count_assignments(expert_indices: Tensor, num_experts: int) -> Tensor:
-    """How many assignments each expert got, without waiting for the device.
-
-    Args:
-        expert_indices: (T, K) int64.
-        num_experts: E.
-
-    Returns:
-        (E,) int64, summing to T * K.
-    """
-    flat = expert_indices.flatten()
-    return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def load_balancing_loss(router_probs: Tensor, expert_indices: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -5,14 +5,16 @@ Shape suffixes: B sequences, S positions, T = B * S tokens, K experts per token,
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from moe.config.schema import MoEConfig
-from moe.dispatch.all_to_all import Dispatcher, expert_capacity
+from moe.config import MoEConfig
+from moe.dispatch.capacity import expert_capacity
+from moe.dispatch.interface import Dispatcher
+from moe.dispatch.local import LocalDispatcher
 from moe.model.experts import GroupedExperts, SwiGLU
 from moe.model.grouped_mm import ExpertPath
-from moe.model.losses import count_assignments, load_balancing_loss, router_entropy, router_z_loss
+from moe.model.initialization import init_weights
+from moe.model.losses import load_balancing_loss, router_entropy, router_z_loss
 from moe.model.router import Router
 
 
@@ -55,12 +57,22 @@ class MoELayer(nn.Module):
     Args:
         d_model: D.
         moe: the section `moe` of the configuration.
-        dispatcher: how tokens reach their experts; the only place where parallelism enters.
-        expert_path: how the experts multiply; see `choose_expert_path`.
+        dispatcher: how tokens reach their experts, the only place where parallelism enters. None: all experts
+            are in this process.
+        expert_path: how the experts multiply; see `GroupedExperts`.
+        seed: of the initial weights. None: the owner of this layer initializes them.
     """
 
-    def __init__(self, d_model: int, moe: MoEConfig, dispatcher: Dispatcher, expert_path: ExpertPath):
+    def __init__(
+        self,
+        d_model: int,
+        moe: MoEConfig,
+        dispatcher: Dispatcher | None = None,
+        expert_path: ExpertPath | None = None,
+        seed: int | None = 0,
+    ):
         super().__init__()
+        dispatcher = dispatcher or LocalDispatcher()
         self.num_experts = moe.num_experts
         self.capacity_factor = moe.capacity_factor
         self.dispatcher = dispatcher
@@ -70,6 +82,8 @@ class MoELayer(nn.Module):
         self.shared_experts = (
             SwiGLU(d_model, moe.num_shared_experts * moe.d_ff_expert) if moe.num_shared_experts else None
         )
+        if seed is not None:
+            init_weights(self, seed)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, MoEAux]:
         """Transform every token.
@@ -81,32 +95,30 @@ class MoELayer(nn.Module):
             (B, S, D) of the same dtype, and the report.
         """
         tokens_TD = hidden.flatten(0, 1)
-        routed = self.router(tokens_TD)
-        num_tokens, top_k = routed.expert_indices.shape
+        routing = self.router(tokens_TD)
+        num_tokens, top_k = routing.expert_indices.shape
         capacity = None
         if self.training and self.capacity_factor is not None:
             capacity = expert_capacity(self.capacity_factor, num_tokens, top_k, self.num_experts)
 
-        sent = self.dispatcher.dispatch(
-            tokens_TD, routed.expert_indices, routed.gate_weights, self.num_experts, capacity
-        )
+        in_flight = self.dispatcher.dispatch(tokens_TD, routing, capacity)
         shared_TD = None if self.shared_experts is None else self.shared_experts(tokens_TD)
-        rows_ND, rows_per_expert_E, metadata = self.dispatcher.receive(sent)
-        output_TD = self.dispatcher.combine(self.experts(rows_ND, rows_per_expert_E), metadata)
+        rows_ND, metadata = self.dispatcher.receive(in_flight), in_flight.metadata
+        rows_ND = self.experts(rows_ND, metadata.permutation.rows_per_expert)
+        output_TD = self.dispatcher.combine(rows_ND, metadata)
         if shared_TD is not None:
             output_TD = output_TD + shared_TD
 
-        counts_E = count_assignments(routed.expert_indices, self.num_experts)
-        over_E = torch.zeros_like(counts_E) if capacity is None else (counts_E - capacity).clamp(min=0)
+        by_sequence = hidden.shape[:2]
         aux = MoEAux(
-            load_balancing_loss(
-                routed.router_probs.unflatten(0, hidden.shape[:2]),
-                routed.expert_indices.unflatten(0, hidden.shape[:2]),
+            load_balancing_loss=load_balancing_loss(
+                routing.router_probs.unflatten(0, by_sequence),
+                routing.expert_indices.unflatten(0, by_sequence),
             ),
-            router_z_loss(routed.router_logits),
-            counts_E,
-            over_E.sum(),
-            router_entropy(routed.router_probs.detach()),
-            metadata.sent_bytes,
+            router_z_loss=router_z_loss(routing.router_logits),
+            tokens_per_expert=metadata.tokens_per_expert,
+            dropped_tokens=metadata.dropped_tokens,
+            router_entropy=router_entropy(routing.router_probs.detach()),
+            dispatch_bytes=metadata.sent_bytes,
         )
         return output_TD.view_as(hidden), aux

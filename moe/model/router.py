@@ -3,27 +3,11 @@
 Shape suffixes: T tokens, K experts per token, E experts, D d_model.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class RouterOutput(NamedTuple):
-    """Where each token goes.
-
-    Attributes:
-        expert_indices: (T, K) int64, best first, distinct within a row.
-        gate_weights: (T, K) fp32.
-        router_logits: (T, E) fp32.
-        router_probs: (T, E) fp32, rows sum to 1.
-    """
-
-    expert_indices: Tensor
-    gate_weights: Tensor
-    router_logits: Tensor
-    router_probs: Tensor
+from moe.dispatch.interface import RouterOutput
 
 
 class Router(nn.Module):

@@ -1,4 +1,4 @@
-"""The only importer of DeepSpeed: start the process group, wrap the model in ZeRO, reach the training state.
+"""The only importer of DeepSpeed: start the process group, wrap the model in ZeRO, update it.
 
 One process is world size 1 of the same engine, and CPU is gloo of the same engine.
 """
@@ -6,8 +6,6 @@ One process is world size 1 of the same engine, and CPU is gloo of the same engi
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,26 +13,16 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.linalg import vector_norm
 
-from moe.accounting.memory import REDUCE_BUCKET
-from moe.checkpoint.saving import Checkpoint, Fragment
-from moe.config.schema import Config, ParallelConfig
-from moe.distributed.groups import ParallelGroups
+from moe.config import Config, ParallelConfig
+from moe.distributed.groups import ParallelGroups, World
 from moe.distributed.launch import choose_device, join, set_timeouts
 from moe.distributed.topology import Topology
 from moe.model.experts import GroupedExperts
-from moe.training.optimizer import parameter_family, parameter_groups
-
-_KINDS = ("weights", "exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all of them."""
-
-    rank: int
-    size: int
-    device: torch.device
-    groups: ParallelGroups
+from moe.model.parameter_roles import Role, parameter_roles
+from moe.model.transformer import Transformer, TransformerOutput
+from moe.training.deepspeed_config import deepspeed_config
+from moe.training.optimizer import parameter_groups
+from moe.training.zero_state import ZeroState
 
 
 class GradNorms(NamedTuple):
@@ -51,7 +39,14 @@ class GradNorms(NamedTuple):
 
     def families(self) -> dict[str, float | None]:
         """The norms by family of parameters."""
-        return {name: norm for name, norm in self._asdict().items() if name != "total"}
+        return {name: getattr(self, name) for name in _FAMILIES}
+
+
+_FAMILIES = ("dense", "router", "experts")
+
+
+def _family(role: Role) -> str:
+    return role if role in _FAMILIES else "dense"
 
 
 def start(parallel: ParallelConfig) -> World:
@@ -99,17 +94,17 @@ class Engine:
     """A model under DeepSpeed's ZeRO with AdamW.
 
     Args:
-        model: initialised, on any device.
+        model: initialized, on any device.
         config: the run's configuration.
         world: what `start` returned.
     """
 
-    def __init__(self, model: nn.Module, config: Config, world: World):
+    def __init__(self, model: Transformer, config: Config, world: World):
         import deepspeed
 
         self.world = world
-        self._config = config
-        self._layouts = dict(_layouts(model))
+        self._grad_clip = config.optim.grad_clip
+        self._roles = parameter_roles(model)
         groups = parameter_groups(model, config.optim.weight_decay)
         if world.groups.ep_size > 1:
             groups = _split_experts(model, groups, world.groups.ep_size)
@@ -120,20 +115,22 @@ class Engine:
             fused=True,  # on CPU it also keeps DeepSpeed from compiling its own Adam
         )
         wrapped, *_ = deepspeed.initialize(
-            model=model.to(world.device), optimizer=optimizer, config=_deepspeed_config(config, world)
+            model=model.to(world.device),
+            optimizer=optimizer,
+            config=deepspeed_config(config, world.size, world.device.type),
         )
         self._deepspeed: Any = wrapped
-        self._zero: Any = wrapped.optimizer
+        self.training_state = ZeroState(self.module, wrapped.optimizer)
         set_timeouts(config.parallel.timeout_s)  # DeepSpeed has made groups of its own
-        self._squares = torch.zeros(len(GradNorms._fields), dtype=torch.float64, device=world.device)
+        self._squares = torch.zeros(len(_FAMILIES), dtype=torch.float64, device=world.device)
         optimizer.register_step_pre_hook(self._add_squares)
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Transformer:
         """The model, its weights in the training precision."""
         return self._deepspeed.module
 
-    def __call__(self, tokens: Tensor) -> Any:
+    def __call__(self, tokens: Tensor) -> TransformerOutput:
         """Forward pass of the model."""
         return self._deepspeed(tokens)
 
@@ -147,7 +144,7 @@ class Engine:
         Returns:
             The norms of the update's gradient; None where there was no update.
         """
-        for group in self._zero.param_groups:
+        for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         updates = self._deepspeed.is_gradient_accumulation_boundary()
         self._squares.zero_()
@@ -158,22 +155,20 @@ class Engine:
         """Add up the squares of the clipped gradient that ZeRO hands to AdamW, group by group."""
         stepped = {id(flat) for group in optimizer.param_groups for flat in group["params"]}
         for name, parameter in self.module.named_parameters():
-            for flat, _inside, place in self._fragments(parameter):
+            for flat, _inside, place in self.training_state.parts_of(parameter):
                 if id(flat) in stepped:
-                    family = GradNorms._fields.index(parameter_family(name))
                     assert flat.grad is not None
-                    self._squares[family] += vector_norm(flat.grad[place], dtype=torch.float64).square()
+                    square = vector_norm(flat.grad[place], dtype=torch.float64).square()
+                    self._squares[_FAMILIES.index(_family(self._roles[name]))] += square
 
     def _grad_norms(self, total: float) -> GradNorms:
         self.sum_over_ranks(self._squares)
-        bound = self._config.optim.grad_clip
-        shrunk = max(1.0, (total + 1e-6) / bound) if bound else 1.0  # what ZeRO divided the gradient by
-        norms = (self._squares.sqrt() * shrunk).tolist()
-        present = {parameter_family(name) for name in self._layouts}
-        names = GradNorms._fields[1:]
-        return GradNorms(
-            total, *(norm if n in present else None for n, norm in zip(names, norms[1:], strict=True))
-        )
+        shrunk = (
+            max(1.0, (total + 1e-6) / self._grad_clip) if self._grad_clip else 1.0
+        )  # ZeRO divided by this
+        norms = dict(zip(_FAMILIES, (self._squares.sqrt() * shrunk).tolist(), strict=True))
+        present = {_family(role) for role in self._roles.values()}
+        return GradNorms(total, **{name: norms[name] if name in present else None for name in _FAMILIES})
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks, in place."""
@@ -189,88 +184,6 @@ class Engine:
         """Overwrite a tensor with rank 0's, in place."""
         torch.distributed.broadcast(values, src=0)
         return values
-
-    def state(self) -> Iterator[Fragment]:
-        """This rank's share of the training state; over all ranks, each element comes exactly once.
-
-        fp32 `weights`, `exp_avg` and `exp_avg_sq`, under the parameters' names and, for experts, at the
-        places of their ids among all experts. Views: nothing is copied.
-        """
-        for name, parameter in self.module.named_parameters():
-            layout = self._layouts[name]
-            for flat, inside, place in self._fragments(parameter):
-                for kind in _KINDS:
-                    values = self._of_kind(flat, kind)[place]
-                    yield Fragment(kind, name, layout.shape, layout.start + inside.start, values)
-
-    @torch.no_grad()
-    def load_state(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint of any topology; each rank reads only what it holds.
-
-        Raises:
-            CheckpointError: a tensor is missing, unexpected or of another shape; nothing was changed then.
-        """
-        for kind in _KINDS:
-            checkpoint.check_names(kind, {name: layout.shape for name, layout in self._layouts.items()})
-        for flat in self._zero.single_partition_of_fp32_groups:
-            self._zero.optimizer.state[flat] = {
-                "step": torch.tensor(
-                    float(checkpoint.step), device=flat.device
-                ),  # for Adam's bias correction
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
-        for name, parameter in self.module.named_parameters():
-            start = self._layouts[name].start
-            for flat, inside, place in self._fragments(parameter):
-                for kind in _KINDS:
-                    self._of_kind(flat, kind)[place].copy_(
-                        checkpoint.read(kind, name, start + inside.start, inside.stop - inside.start)
-                    )
-            parameter.copy_(checkpoint.read("weights", name, start, parameter.numel()).view(parameter.shape))
-
-    def _of_kind(self, flat: Tensor, kind: str) -> Tensor:
-        return flat.detach() if kind == "weights" else self._zero.optimizer.state[flat][kind]
-
-    def _fragments(self, parameter: nn.Parameter) -> Iterator[tuple[Tensor, slice, slice]]:
-        """This rank's part of a parameter: the flat fp32 tensor it is in, and its places in both.
-
-        ZeRO flattens the parameters of a group, splits the result over the ranks and records in `_hp_mapping`
-        which slice of a parameter fell to this rank. DeepSpeed's own accessors are no help: they link the
-        moments before every group has been stepped.
-        """
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is None:
-            return
-        inside, place = mapping.lp_fragment_address, mapping.hp_fragment_address
-        yield (
-            self._zero.single_partition_of_fp32_groups[mapping.param_group_index],
-            slice(inside.start, inside.start + inside.numel),
-            slice(place.start, place.start + place.numel),
-        )
-
-
-class _Layout(NamedTuple):
-    """Where a rank's parameter lies in the model's: the whole shape, and the first element in it."""
-
-    shape: tuple[int, ...]
-    start: int
-
-
-def _layouts(model: nn.Module) -> Iterator[tuple[str, _Layout]]:
-    ids = {
-        id(weight): (module.expert_ids, module.num_experts)
-        for module in model.modules()
-        if isinstance(module, GroupedExperts)
-        for weight in module.parameters()
-    }
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        if id(parameter) in ids:
-            here, num_experts = ids[id(parameter)]
-            yield name, _Layout((num_experts, *shape[1:]), here.start * parameter[0].numel())
-        else:
-            yield name, _Layout(shape, 0)
 
 
 def _split_experts(model: nn.Module, groups: list[dict[str, Any]], ep_size: int) -> list[dict[str, Any]]:
@@ -298,24 +211,6 @@ def _split_experts(model: nn.Module, groups: list[dict[str, Any]], ep_size: int)
             for weight in module.parameters():
                 weight.allreduce, weight.group_name = False, f"ep_size_{ep_size}"  # type: ignore[attr-defined]
     return split_params_into_different_moe_groups_for_optimizer(groups)
-
-
-def _deepspeed_config(config: Config, world: World) -> dict[str, Any]:
-    bucket = REDUCE_BUCKET[world.device.type]
-    settings = {
-        "train_batch_size": config.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation_steps(world.size),
-        "gradient_clipping": config.optim.grad_clip,
-        "zero_optimization": {"stage": config.parallel.zero_stage, "reduce_bucket_size": bucket},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.parallel.precision == "bf16"},
-        "steps_per_print": None,
-    }
-    if config.parallel.zero_stage == 2:
-        # Under stage 1 this would select DeepSpeed's BF16_Optimizer, whose norm leaves experts out.
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return settings
 
 
 def _quiet_deepspeed() -> None:

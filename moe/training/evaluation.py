@@ -5,8 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from moe.config.schema import Config
-from moe.data.token_cache import TokenizedCorpus, num_samples, read_samples, validation_ids
+from moe.config import Config
+from moe.data.samples import num_samples, read_samples, validation_ids
+from moe.data.token_cache import TokenizedCorpus
 from moe.training.engine import Engine
 
 

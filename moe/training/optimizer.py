@@ -5,41 +5,30 @@ from typing import Any
 
 from torch import nn
 
-from moe.config.schema import OptimConfig
+from moe.config import Config
+from moe.model.parameter_roles import parameter_roles
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one group: matrices are decayed, norms and biases are not.
-
-    Decided by name, not by dimension: a stacked norm is 2-D and still a norm.
-    """
-    decayed, plain = [], []
+    """Every trainable parameter in exactly one group: matrices are decayed, norms and biases are not."""
+    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "not_decayed": []}
+    roles = parameter_roles(model)
     for name, parameter in model.named_parameters():
-        is_plain = "norm" in name or name.endswith("bias")
-        (plain if is_plain else decayed).append(parameter)
-    return [
-        {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
-        {"name": "plain", "params": plain, "weight_decay": 0.0},
-    ]
+        groups["not_decayed" if roles[name] in ("norm", "bias") else "decayed"].append(parameter)
+    decays = {"decayed": weight_decay, "not_decayed": 0.0}
+    return [{"name": name, "params": params, "weight_decay": decays[name]} for name, params in groups.items()]
 
 
-def parameter_family(name: str) -> str:
-    """`router`, `experts` (those that the router chooses among) or `dense` (everything else), by name."""
-    if ".router." in name:
-        return "router"
-    return "experts" if ".experts." in name else "dense"
-
-
-def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
-    """Linear warm-up to `lr`, then a cosine to `lr * min_lr_ratio` at the last step.
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up to `optim.lr`, then a cosine to `optim.lr * optim.min_lr_ratio` at the last step.
 
     Args:
+        config: its section `optim`, and `train.steps`.
         step: 0 for the first optimizer step.
-        steps: `train.steps`.
-        optim: the section `optim`.
     """
+    optim = config.optim
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / max(1, steps - 1 - optim.warmup_steps)
+    progress = (step - optim.warmup_steps) / max(1, config.train.steps - 1 - optim.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * cosine)

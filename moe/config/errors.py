@@ -1,0 +1,19 @@
+"""The errors that reach a user as one line."""
+
+
+class ConfigError(ValueError):
+    """The user's input is wrong. The message is one line: the dotted key, what is wrong, and the fix."""
+
+    def __init__(self, key: str, message: str):
+        super().__init__(f"{key}: {message}")
+        self.key = key
+
+
+class RunError(Exception):
+    """The run itself failed. The message is one line; what was saved before can still be loaded."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

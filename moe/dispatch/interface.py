@@ -1,0 +1,115 @@
+"""What the router, a dispatcher and the experts hand to each other.
+
+Shapes: T tokens of this rank, K experts per token, E experts of the layer, L experts of this rank, D d_model,
+M tokens that arrived at this rank (T where nothing travels), N rows sorted by expert.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from moe.dispatch.permutation import Permutation
+from moe.distributed.collectives import RowExchange
+
+
+class RouterOutput(NamedTuple):
+    """Where each token goes.
+
+    Attributes:
+        expert_indices: (T, K) int64, best first, distinct within a row.
+        gate_weights: (T, K) fp32.
+        router_logits: (T, E) fp32.
+        router_probs: (T, E) fp32, rows sum to 1.
+    """
+
+    expert_indices: Tensor
+    gate_weights: Tensor
+    router_logits: Tensor
+    router_probs: Tensor
+
+
+@dataclass(frozen=True)
+class Route:
+    """How rows travelled between the R ranks of an `ep_group`.
+
+    Attributes:
+        permutation: which row went to which rank.
+        send: rows for each rank, R numbers.
+        receive: rows from each rank, R numbers.
+    """
+
+    permutation: Permutation
+    send: list[int]
+    receive: list[int]
+
+
+@dataclass(frozen=True)
+class DispatchMetadata:
+    """What `combine` needs to undo a `dispatch`, and what there is to report of it.
+
+    Attributes:
+        tokens_per_expert: (E,) int64, assignments of this rank's T tokens before dropping.
+        dropped_tokens: () int64, how many of them were dropped for lack of capacity.
+        sent_bytes: () int64, bytes of the rows that went to other ranks.
+        permutation: which of the N rows holds which assignment of the M tokens that arrived here.
+        gate_weights: (M, K) fp32, of the tokens that arrived here.
+        route: how the rows came here; None where nothing travels.
+    """
+
+    tokens_per_expert: Tensor
+    dropped_tokens: Tensor
+    sent_bytes: Tensor
+    permutation: Permutation
+    gate_weights: Tensor
+    route: Route | None = None
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """Rows on their way from `dispatch` to `receive`.
+
+    Attributes:
+        rows: (M, D) of the tokens that come here; not to be read while there is an exchange.
+        metadata: for `combine`.
+        exchange: the transfer to wait for; None where there is none.
+    """
+
+    rows: Tensor
+    metadata: DispatchMetadata
+    exchange: RowExchange | None = None
+
+
+class Dispatcher(Protocol):
+    """How tokens reach their experts: the one object through which parallelism enters the model."""
+
+    def expert_ids(self, num_experts: int) -> range:
+        """The L experts that live in this process, out of `num_experts` in the layer."""
+        ...
+
+    def dispatch(self, hidden: Tensor, routing: RouterOutput, capacity: int | None = None) -> InFlight:
+        """Send the tokens off. Work that needs no expert may run between this and `receive`.
+
+        Args:
+            hidden: (T, D).
+            routing: of these T tokens.
+            capacity: most assignments an expert takes from these T tokens; the lowest gate weights beyond it
+                are dropped. None: dropless.
+        """
+        ...
+
+    def receive(self, in_flight: InFlight) -> Tensor:
+        """Rows (N, D) sorted by expert; `in_flight.metadata.permutation` has the rows of each expert."""
+        ...
+
+    def combine(self, expert_rows: Tensor, metadata: DispatchMetadata) -> Tensor:
+        """Sum each token's expert outputs, weighted by its gate weights. A dropped assignment adds nothing.
+
+        Args:
+            expert_rows: (N, D) in the order of `receive`.
+            metadata: of the same `dispatch`.
+
+        Returns:
+            (T, D), the dtype of `expert_rows`.
+        """
+        ...

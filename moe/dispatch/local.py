@@ -1,0 +1,34 @@
+"""Dispatch within one process: a permutation of the rows."""
+
+from torch import Tensor
+
+from moe.dispatch.capacity import plan_with_capacity
+from moe.dispatch.interface import DispatchMetadata, InFlight, RouterOutput
+from moe.dispatch.permutation import count_assignments, permute, plan_permutation, unpermute
+
+
+class LocalDispatcher:
+    """All experts live in this process. Also the reference that `AllToAllDispatcher` is tested against."""
+
+    def expert_ids(self, num_experts: int) -> range:
+        """All of them."""
+        return range(num_experts)
+
+    def dispatch(self, hidden: Tensor, routing: RouterOutput, capacity: int | None = None) -> InFlight:
+        """Plan the permutation; see `Dispatcher.dispatch`."""
+        indices, gates = routing.expert_indices, routing.gate_weights
+        counts_E = count_assignments(indices, routing.router_probs.shape[1])
+        if capacity is None:
+            permutation = plan_permutation(indices, counts_E)
+        else:
+            permutation = plan_with_capacity(indices, counts_E, gates, capacity)
+        dropped, sent_bytes = (counts_E - permutation.rows_per_expert).sum(), counts_E.new_zeros(())
+        return InFlight(hidden, DispatchMetadata(counts_E, dropped, sent_bytes, permutation, gates))
+
+    def receive(self, in_flight: InFlight) -> Tensor:
+        """Sort copies of the tokens by expert; see `Dispatcher.receive`."""
+        return permute(in_flight.rows, in_flight.metadata.permutation)
+
+    def combine(self, expert_rows: Tensor, metadata: DispatchMetadata) -> Tensor:
+        """Bring the rows back and sum them by gate weight; see `Dispatcher.combine`."""
+        return unpermute(expert_rows, metadata.permutation, metadata.gate_weights)

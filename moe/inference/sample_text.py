@@ -1,0 +1,43 @@
+"""`sample.txt`: what the final model of a run writes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from moe.data.token_cache import TokenizedCorpus
+from moe.inference.generation import Sampling, generate_tokens
+from moe.model.transformer import Transformer
+
+PROMPT_TOKENS = 48
+SAMPLING = Sampling(max_new_tokens=200, temperature=0.7, top_p=0.95)
+
+
+def sample_text(
+    model: Transformer,
+    corpus: TokenizedCorpus,
+    device: torch.device,
+    agree: Callable[[torch.Tensor], torch.Tensor],
+) -> str:
+    """Text from the model: one document from nothing, and the continuation of two validation texts.
+
+    All ranks write the same text together, since each may hold a part of the experts.
+
+    Args:
+        model: to sample from.
+        corpus: its tokenizer and its validation text.
+        device: of the model.
+        agree: as in `generate_tokens`.
+    """
+    tokenizer, end_id = corpus.tokenizer, corpus.tokenizer.token_to_id(corpus.end_token)
+    assert end_id is not None
+    middle = len(corpus.validation) // 2
+    prompts = [[end_id]] + [corpus.validation[i : i + PROMPT_TOKENS].tolist() for i in (0, middle)]
+    parts = []
+    for seed, prompt in enumerate(prompts):
+        tokens = torch.tensor(prompt, device=device)
+        tokens = generate_tokens(model, tokens, replace(SAMPLING, seed=seed), end_id, agree).tolist()
+        title = "from nothing" if prompt == [end_id] else "a validation text, continued after the bar"
+        given = tokenizer.decode(prompt).rstrip("\n") + " ||" if prompt != [end_id] else ""
+        parts.append(f"----- {title}\n{given}{tokenizer.decode(tokens[len(prompt) :])}\n")
+    return "\n".join(parts)

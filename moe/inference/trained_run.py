@@ -1,0 +1,66 @@
+"""Load the model, the tokenizer and the configuration of a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from moe.checkpoint.manifest import CheckpointError
+from moe.checkpoint.reading import newest_checkpoint
+from moe.config import Config, ConfigError, load_config
+from moe.data.tokenizer import end_token, read_tokenizer
+from moe.model.transformer import Transformer
+from moe.runs.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run as its newest checkpoint has it.
+
+    Attributes:
+        model: fp32, in evaluation mode.
+        tokenizer: of the run.
+        config: of the run, complete.
+        end_id: the token that ends a document.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: Config
+    end_id: int
+
+
+def load_run(path: str | Path, device: str | torch.device = "cpu") -> TrainedRun:
+    """Load the newest sound checkpoint of a run.
+
+    Args:
+        path: a run folder, such as runs/tiny.
+        device: where the model shall be.
+
+    Raises:
+        ConfigError: the folder is no run, or holds no sound checkpoint.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.config.exists():
+        raise ConfigError(
+            "RUN", f"{path} is not a run folder; give one that train.py made, such as runs/tiny"
+        )
+    config = load_config(folder.config)
+    checkpoint, warnings = newest_checkpoint(folder.checkpoints)
+    if checkpoint is None:
+        raise ConfigError("RUN", warnings[0] if warnings else f"{path} has no checkpoint yet")
+    with torch.device("meta"):  # every weight comes from the checkpoint
+        model = Transformer(config)
+    model = model.to_empty(device=device)
+    try:
+        checkpoint.check_names("weights", {name: tuple(p.shape) for name, p in model.named_parameters()})
+    except CheckpointError as error:
+        raise ConfigError("RUN", f"{error}; {folder.config} is of another model") from None
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(checkpoint.read("weights", name).view(parameter.shape))
+    tokenizer = read_tokenizer(folder.tokenizer, "RUN")
+    end_id = tokenizer.token_to_id(end_token(tokenizer, config.data.end_token))
+    assert end_id is not None
+    return TrainedRun(model.eval(), tokenizer, config, end_id)

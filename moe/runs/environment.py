@@ -1,0 +1,65 @@
+"""`env.json`: the code, the libraries and the hardware that a run used."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe.config import Config, ConfigError
+from moe.distributed.launch import choose_device
+
+
+def check_compiler(config: Config) -> None:
+    """Refuse to compile where that cannot be done.
+
+    Raises:
+        ConfigError: `train.compile` is set, the device is a CPU, and there is no C++ compiler.
+    """
+    on_cpu = choose_device(config.parallel).type == "cpu"
+    if config.train.compile and on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise ConfigError("train.compile", "needs a C++ compiler on CPU; install g++ or set it to false")
+
+
+def describe_environment(num_ranks: int) -> dict[str, Any]:
+    """What produced the run: code version, library versions, hardware, command."""
+    root = Path(__file__).parents[2]
+    has_cuda = torch.cuda.is_available()
+    return {
+        "command": sys.argv,
+        "ranks": num_ranks,
+        "git_sha": _git(root, "rev-parse", "HEAD"),
+        "git_dirty": None if (status := _git(root, "status", "--porcelain")) is None else bool(status),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "tokenizers", "numpy")},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if has_cuda else None,
+    }
+
+
+def _git(root: Path, *command: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *command], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()

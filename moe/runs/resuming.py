@@ -1,0 +1,94 @@
+"""Whether a folder may be used for a run, and whether the run in it may be continued."""
+
+import tempfile
+from pathlib import Path
+
+from moe.checkpoint.reading import newest_checkpoint
+from moe.config import Config, ConfigError, flat_config, load_config, on_resume, parse_config
+from moe.runs.run_folder import RunFolder
+
+
+def open_run(config: Config) -> RunFolder:
+    """Look at the run's folder, writing nothing.
+
+    Of checkpoints, only the manifests are read here; `newest_checkpoint` checks the content.
+
+    Raises:
+        ConfigError: the folder is no place for this run, or the run is not the one that was saved.
+    """
+    folder = RunFolder(Path(config.run.dir).expanduser())
+    _check_usable(folder)
+    if folder.config.exists() and config.run.resume == "never":
+        raise ConfigError(
+            "run.resume", f"never, but {folder.path} already holds a run; choose another run.name"
+        )
+    checkpoint, warnings = newest_checkpoint(folder.checkpoints, check_content=False)
+    if checkpoint is None and warnings:
+        raise all_damaged(warnings)
+    if checkpoint is None and folder.summary.exists():
+        raise ConfigError(
+            "run.dir", f"{folder.path} is a finished run whose checkpoints are gone; choose another run.name"
+        )
+    if checkpoint is None and config.run.resume == "must":
+        raise ConfigError("run.resume", f"must, but {folder.path} holds no checkpoint; set it to auto")
+    if checkpoint is not None:
+        _check_same_experiment(config, parse_config(checkpoint.config))
+        if checkpoint.step > config.train.steps:
+            raise ConfigError(
+                "train.steps",
+                f"{config.train.steps}, but the run is already at step {checkpoint.step}; raise it "
+                "or choose another run.name",
+            )
+    return folder
+
+
+def all_damaged(warnings: list[str]) -> ConfigError:
+    """The refusal of a run that no checkpoint can continue."""
+    problem = warnings[0].split("; ")[0]
+    return ConfigError("run.dir", f"{problem}, and so is every other one; choose another run.name")
+
+
+def _check_usable(folder: RunFolder) -> None:
+    path = folder.path
+    if path.is_dir():
+        if any(path.iterdir()) and not _is_run(folder):
+            raise ConfigError(
+                "run.dir", f"{path} holds files that are no run's; choose an empty or new folder"
+            )
+    elif path.exists():
+        raise ConfigError("run.dir", f"{path} is a file; choose a folder")
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        tempfile.TemporaryDirectory(dir=parent).cleanup()  # asks the file system itself, whoever the user is
+    except OSError as error:
+        raise ConfigError("run.dir", f"{path} cannot be written ({error.strerror}); choose another") from None
+
+
+def _is_run(folder: RunFolder) -> bool:
+    try:
+        load_config(folder.config)
+    except ConfigError:
+        return False
+    return True
+
+
+def sets_results(key: str) -> bool:
+    """Whether finished runs that differ in this key have different results; rounding is not looked at."""
+    return on_resume(key) != "free"
+
+
+def _check_same_experiment(new: Config, saved: Config) -> None:
+    new_values, saved_values = flat_config(new), flat_config(saved)
+    if new_values["model.vocab_size"] is None:  # it will come from the same tokenizer
+        del saved_values["model.vocab_size"]
+    changed = [
+        key for key, value in saved_values.items() if on_resume(key) == "refused" and new_values[key] != value
+    ]
+    if changed:
+        keys = ", ".join(f"{key} (was {saved_values[key]!r}, now {new_values[key]!r})" for key in changed)
+        raise ConfigError(
+            changed[0],
+            f"differs from the run in {new.run.dir}: {keys}; restore it, or choose another run.name",
+        )

@@ -1,0 +1,39 @@
+"""The training loss: cross-entropy plus the auxiliary losses of the MoE layers."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.config import MoEConfig
+from moe.model.moe_layer import MoEAux
+from moe.model.transformer import TransformerOutput
+
+
+class TrainingLoss(NamedTuple):
+    """The loss of one micro batch.
+
+    Attributes:
+        total: () what is differentiated.
+        lm: () its cross-entropy, nats per token.
+        aux: what the MoE layers report, stacked over layers; None in a dense model.
+    """
+
+    total: Tensor
+    lm: Tensor
+    aux: MoEAux | None
+
+
+def training_loss(output: TransformerOutput, targets: Tensor, moe: MoEConfig) -> TrainingLoss:
+    """`lm + aux_loss_coef * load_balancing_loss + z_loss_coef * router_z_loss`, both means over MoE layers.
+
+    Args:
+        output: of the model.
+        targets: (B, S) int64, the token after each position.
+        moe: the section `moe`, for its two coefficients.
+    """
+    lm = total = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
+    if output.aux is not None:
+        total = total + moe.aux_loss_coef * output.aux.load_balancing_loss.mean()
+        total = total + moe.z_loss_coef * output.aux.router_z_loss.mean()
+    return TrainingLoss(total, lm, output.aux)

@@ -1,0 +1,107 @@
+"""The training state inside DeepSpeed's ZeRO optimizer, by parameter name and independent of the topology."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe.checkpoint.reading import Checkpoint
+from moe.checkpoint.saving import Fragment
+from moe.model.experts import GroupedExperts
+
+_KINDS = ("weights", "exp_avg", "exp_avg_sq")
+
+
+class ZeroState:
+    """This rank's share of the fp32 weights and of Adam's moments.
+
+    Args:
+        model: under the engine.
+        zero: DeepSpeed's ZeRO optimizer, stage 1 or 2.
+    """
+
+    def __init__(self, model: nn.Module, zero: Any):
+        self._model, self._zero = model, zero
+        self._layouts = dict(_layouts(model))
+
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank has to save; over all ranks, each element of the state comes exactly once.
+
+        fp32 `weights`, `exp_avg` and `exp_avg_sq`, under the parameters' names and, for experts, at the
+        places of their ids among all experts. Views: nothing is copied.
+        """
+        for name, parameter in self._model.named_parameters():
+            layout = self._layouts[name]
+            for flat, inside, place in self.parts_of(parameter):
+                for kind in _KINDS:
+                    values = self._of_kind(flat, kind)[place]
+                    yield Fragment(kind, name, layout.shape, layout.start + inside.start, values)
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint of any topology; each rank reads only what it holds.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected or of another shape; nothing was changed then.
+        """
+        for kind in _KINDS:
+            checkpoint.check_names(kind, {name: layout.shape for name, layout in self._layouts.items()})
+        for flat in self._zero.single_partition_of_fp32_groups:
+            self._zero.optimizer.state[flat] = {
+                "step": torch.tensor(
+                    float(checkpoint.step), device=flat.device
+                ),  # for Adam's bias correction
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        for name, parameter in self._model.named_parameters():
+            start = self._layouts[name].start
+            for flat, inside, place in self.parts_of(parameter):
+                for kind in _KINDS:
+                    values = checkpoint.read(kind, name, start + inside.start, inside.stop - inside.start)
+                    self._of_kind(flat, kind)[place].copy_(values)
+            parameter.copy_(checkpoint.read("weights", name, start, parameter.numel()).view(parameter.shape))
+
+    def parts_of(self, parameter: nn.Parameter) -> Iterator[tuple[Tensor, slice, slice]]:
+        """This rank's part of a parameter: the flat fp32 tensor it is in, and its places in both.
+
+        ZeRO flattens the parameters of a group, splits the result over the ranks and records in `_hp_mapping`
+        which slice of a parameter fell to this rank. DeepSpeed's own accessors are no help: they link the
+        moments before every group has been stepped.
+        """
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            return
+        inside, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+        yield (
+            self._zero.single_partition_of_fp32_groups[mapping.param_group_index],
+            slice(inside.start, inside.start + inside.numel),
+            slice(place.start, place.start + place.numel),
+        )
+
+    def _of_kind(self, flat: Tensor, kind: str) -> Tensor:
+        return flat.detach() if kind == "weights" else self._zero.optimizer.state[flat][kind]
+
+
+class _Layout(NamedTuple):
+    """Where a rank's parameter lies in the model's: the whole shape, and the first element in it."""
+
+    shape: tuple[int, ...]
+    start: int
+
+
+def _layouts(model: nn.Module) -> Iterator[tuple[str, _Layout]]:
+    ids = {
+        id(weight): (module.expert_ids, module.num_experts)
+        for module in model.modules()
+        if isinstance(module, GroupedExperts)
+        for weight in module.parameters()
+    }
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        if id(parameter) in ids:
+            here, num_experts = ids[id(parameter)]
+            yield name, _Layout((num_experts, *shape[1:]), here.start * parameter[0].numel())
+        else:
+            yield name, _Layout(shape, 0)
