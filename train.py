@@ -24,7 +24,7 @@ from moe.accounting.gpus import find_gpu
 from moe.checkpoint.reading import Checkpoint, newest_checkpoint
 from moe.checkpoint.saving import save_checkpoint, set_aside_newer
 from moe.config import Config, ConfigError, RunError, dump_config, load_config
-from moe.config.command_line import INTERRUPTED, OneLineParser, command
+from moe.config.command_line import DONE, INTERRUPTED, OneLineParser, command
 from moe.config.reference import help_text
 from moe.data.samples import read_samples, samples_of_step
 from moe.data.token_cache import TokenizedCorpus, prepare_corpus
@@ -61,11 +61,10 @@ def train(config: Config) -> int:
         The exit code: 0 when all steps are done, 130 when a signal stopped the run after a checkpoint.
     """
     run = prepare(config)
-    checkpoint = find_checkpoint(run)
-    steps, train = run.config.train.steps, run.config.train
+    checkpoint, steps = find_checkpoint(run), config.train.steps
     if checkpoint is not None and checkpoint.step == steps and run.is_finished:
         run.world.print(f"{run.folder.path} is finished; raise train.steps or set another run.name")
-        return 0
+        return DONE
     engine = build(run)
     if checkpoint is not None:
         resume(run, engine, checkpoint)
@@ -73,51 +72,37 @@ def train(config: Config) -> int:
     done, stopping = run.first_step, False
     with Progress(run.config, run.folder, run.world, run.first_step) as progress, StopRequest() as stop:
         run.started = time.perf_counter()
-        for step in range(run.first_step, steps):
-            metrics = train_step(run, engine, step)
+        while done < steps and not stopping:
+            metrics = train_step(run, engine, done)
             progress.step(metrics)
             done = metrics["step"]
-            if done % train.eval_interval == 0 or done == steps:
+            if done % config.train.eval_interval == 0 or done == steps:
                 evaluation = evaluate(engine, run.corpus, run.config)
                 check_finite(evaluation, "eval/loss", done)
                 progress.evaluation({"step": done, "tokens": metrics["tokens"]} | evaluation)
             stopping = engine.any_rank(stop.made) and done < steps
-            if done % train.checkpoint_interval == 0 or done == steps or stopping:
+            if done % config.train.checkpoint_interval == 0 or done == steps or stopping:
                 save(run, engine, done)
-            if stopping:
-                break
     if stopping:
         run.world.print(f"stopped and saved at step {done} of {steps}; run the same command again to resume")
         return INTERRUPTED
     finish(run, engine)
-    return 0
+    return DONE
 
 
 @dataclass
 class Run:
-    """What a run has before its first step, and how long it has taken.
+    """What a run has before its first step, and how long it has taken."""
 
-    Attributes:
-        config: complete, with `model.vocab_size` set.
-        folder: where it writes.
-        corpus: its text, as tokens.
-        world: this process among all ranks.
-        is_finished: whether the folder has the results of a finished run.
-        first_step: steps that were done before, by the run that this one continues.
-        wall_s: seconds that they took.
-        device_s: the same, times the devices of each part.
-        started: when the first step of this process began, by `time.perf_counter()`.
-    """
-
-    config: Config
+    config: Config  # complete, with model.vocab_size set
     folder: RunFolder
     corpus: TokenizedCorpus
     world: World
-    is_finished: bool
-    first_step: int = 0
-    wall_s: float = 0.0
-    device_s: float = 0.0
-    started: float = 0.0
+    is_finished: bool  # whether the folder has the results of a finished run
+    first_step: int = 0  # steps that were done before, by the run that this one continues
+    wall_s: float = 0.0  # seconds that they took
+    device_s: float = 0.0  # the same, times the devices of each part
+    started: float = 0.0  # when the first step of this process began, by time.perf_counter()
 
     def __post_init__(self) -> None:
         self.counts = count_parameters(self.config)
@@ -144,7 +129,7 @@ def prepare(config: Config) -> Run:
 
 
 def find_checkpoint(run: Run) -> Checkpoint | None:
-    """The newest sound checkpoint of the run; None where there is no checkpoint yet."""
+    """The newest sound checkpoint of the run; None if there is none yet."""
     checkpoint, warnings = newest_checkpoint(run.folder.checkpoints)
     if checkpoint is None and warnings:
         raise all_damaged(warnings)
@@ -215,7 +200,7 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
 
 
 def speed(run: Run, seconds: float) -> dict[str, float | None]:
-    """The `perf/` metrics of a step; the utilisation (MFU) is None where the device's peak is not known."""
+    """The `perf/` metrics of a step; the utilisation (MFU) is None if the device's peak is not known."""
     tokens_per_s = run.config.train.global_batch_size * run.config.data.seq_len / seconds
     peak = run.config.cost.peak_flops or (run.gpu.peak_flops if run.gpu else None)
     mfu = tokens_per_s * run.counts.flops_per_token_train / (peak * run.world.size) if peak else None
@@ -240,7 +225,7 @@ def finish(run: Run, engine: Engine) -> None:
     samples = sample_text(engine.module, run.corpus, run.world.device, engine.from_rank_0)
     if run.world.rank == 0:
         metrics = read_metrics(folder.metrics)
-        summary = summarize(metrics, run.counts, run.config, **spent, gpu=run.gpu)
+        summary = summarize(run.config, run.counts, metrics, spent, run.gpu)
         total, active = run.counts.total / 1e6, run.counts.active_all / 1e6
         title = f"{run.config.run.name}: {total:.1f}M parameters, {active:.1f}M active"
         plot_losses(metrics, title, folder.loss_plot)
@@ -285,9 +270,7 @@ def main(arguments: list[str]) -> int:
         metavar="CONFIG | key=value",
         help=f"a YAML file (default {DEFAULT_CONFIG.name}), then overrides",
     )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the complete configuration and exit"
-    )
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from DeepSpeed's launcher
     options = parser.parse_intermixed_args(arguments)
     items: list[str] = options.items

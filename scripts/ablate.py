@@ -66,12 +66,10 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of this command."""
-    parser = OneLineParser(
-        prog="ablate.py", description="Train an ablation at equal active FLOPs and report it."
-    )
+    parser = OneLineParser(prog="ablate.py", description="Train and report an ablation of the experts.")
     add = parser.add_argument
     add("items", nargs="+", metavar="CONFIG | key=value", help="the reference, then overrides")
-    vary_help = "a setting of the experts and its values; granularity=1,2 splits every expert into so many"
+    vary_help = "a setting of the experts and its values; granularity=1,2 splits every expert into 1 or 2"
     add("--vary", action="append", required=True, metavar="KEY=V1,V2", help=vary_help)
     add("--seeds", default="0,1,2", help="default 0,1,2")
     hold_help = "what the width of the experts keeps equal (default active_flops)"
@@ -147,7 +145,7 @@ def train_and_report(runner: AblationRunner, tasks: list[Task], folder: Ablation
         with stopped_by_signals():
             runner.run()
     except KeyboardInterrupt:
-        print("stopped; the same command goes on")
+        print("stopped; run the same command again to continue")
         return INTERRUPTED
     if any(task.is_finished for task in tasks):
         try:

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks to try (default 1,2,4)")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each run (default 8)")
     parser.add_argument(
-        "--every", action="store_true", help="also both ZeRO stages, and micro batches of 1 and 4"
+        "--every", action="store_true", help="also both ZeRO stages, micro batches of 1 and 4"
     )
     parser.add_argument("--real-shapes", action="store_true", help="keep the widths, depth and batch sizes")
     options = parser.parse_intermixed_args(arguments)

@@ -14,8 +14,15 @@ import pytest
 import torch
 
 import train
+from moe.inference import sample_text
+from moe.inference.generation import Sampling
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first, so that no worker is left with a long one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
@@ -64,19 +71,19 @@ def small(text_file, cache_dir) -> list[str]:
 
 
 @pytest.fixture
-def run_main(small, tmp_path, capsys):
+def short_samples(monkeypatch) -> None:
+    """Runs in this process end with a few tokens of text: where it is not the subject, it takes longest."""
+    monkeypatch.setattr(sample_text, "SAMPLING", Sampling(max_new_tokens=4))
+
+
+@pytest.fixture
+def run_main(small, short_samples, tmp_path, capsys):
     """Call train.py's main in this process: (exit code, run folder, stdout, stderr)."""
 
-    def call(*overrides: str, folder: str = "run"):
+    def call(*overrides: str, folder: str = "run") -> tuple[int, Path, str, str]:
         run = tmp_path / folder
         code = train.main([*small, f"run.dir={run}", *overrides])
         printed = capsys.readouterr()
         return code, run, printed.out, printed.err
 
     return call
-
-
-def read_lines(run: Path) -> list[dict]:
-    """metrics.jsonl without the timings, which differ from run to run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]

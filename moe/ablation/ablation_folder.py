@@ -18,53 +18,48 @@ from moe.runs.run_folder import RunFolder
 
 
 class AblationFolder:
-    """Paths of one ablation.
-
-    Args:
-        path: of the folder.
-    """
+    """Paths and records of one ablation."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.plan = path / "plan.json"  # every cell that was ever planned here, with its seeds
-        self.results = path / "results.jsonl"  # a line per planned run, finished or not
+        self.plan = path / "plan.json"  # all cells ever planned here, with their seeds
+        self.results = path / "results.jsonl"  # one line per planned run, finished or not
 
     def config(self, cell: str) -> Path:
-        """Of a cell; run.* is set for each run."""
+        """Configuration of a cell; the command line of each run sets `run.*`."""
         return self.path / "configs" / f"{cell}.yaml"
 
     def run(self, cell: str, seed: int) -> RunFolder:
-        """An ordinary run of train.py."""
+        """Folder of a run, which is an ordinary run of train.py."""
         return RunFolder(self.path / "runs" / cell / f"seed-{seed}")
 
     def log(self, cell: str, seed: int) -> Path:
-        """What the run printed."""
+        """Output of a run."""
         return self.path / "logs" / f"{cell},seed={seed}.log"
 
     def check(self, cells: Sequence[Cell]) -> None:
-        """Look whether these cells may be trained here, writing nothing.
+        """Check that these cells can be trained here, without writing anything.
 
         Raises:
-            ConfigError: the path is no folder, or a cell of the same name has another configuration there.
+            ConfigError: the path is not a folder, or a planned cell of the same name has other settings.
         """
         parent = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
         if not parent.is_dir():
             raise ConfigError("--out", f"{parent} is a file; choose a folder")
-        before = self._read_plan()["cells"]
-        for cell in cells:
-            if cell.name in before:
-                old = flat_config(parse_config(before[cell.name]["config"]))
-                for key, value in flat_config(cell.config).items():
-                    if sets_results(key) and not key.startswith("run.") and old[key] != value:
-                        problem = f"{cell.name} has {key} {spelled(old[key])} there, not {spelled(value)}"
-                        raise ConfigError("--out", f"{self.path}: {problem}; choose another folder")
+        planned = self._read_plan()["cells"]
+        for cell in (cell for cell in cells if cell.name in planned):
+            old = flat_config(parse_config(planned[cell.name]["config"]))
+            for key, value in flat_config(cell.config).items():
+                if sets_results(key) and not key.startswith("run.") and old[key] != value:
+                    problem = f"{cell.name} has {key} {spelled(old[key])} there, not {spelled(value)}"
+                    raise ConfigError("--out", f"{self.path}: {problem}; choose another folder")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other ablations out of the folder, which is made where it is missing.
+        """Create the folder if needed, and keep other ablations out of it.
 
         Raises:
-            ConfigError: one is running there, or the file system refuses.
+            ConfigError: another ablation is running there, or the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -72,21 +67,17 @@ class AblationFolder:
         except OSError as error:
             raise self._cannot_write(error) from None
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    "--out", f"another ablation is running in {self.path}; wait for it"
-                ) from None
+            if not try_lock(lock):
+                raise ConfigError("--out", f"another ablation is running in {self.path}; wait for it")
             yield
         finally:
             os.close(lock)
 
     def add_plan(self, cells: Sequence[Cell], seeds: Sequence[int], command: Mapping[str, Any]) -> None:
-        """Add cells with these seeds to the plan, with the part of the command line that led to them.
+        """Add cells with these seeds to the plan, and record the options of the command that led to them.
 
         Raises:
-            ConfigError: the file system refuses.
+            ConfigError: the folder cannot be written.
         """
         before = self._read_plan()["cells"]
         planned = {
@@ -109,27 +100,20 @@ class AblationFolder:
             raise self._cannot_write(error) from None
 
     def write_results(self, exit_codes: Mapping[tuple[str, int], int]) -> None:
-        """Write `results.jsonl` anew, in the order of the plan.
-
-        Args:
-            exit_codes: of runs of this command that ended, by cell and seed; those of earlier commands are
-                kept while their runs are not finished.
-        """
+        """Rewrite `results.jsonl`; exit codes by cell and seed are added to those recorded before."""
         known = {(line["cell"], line["seed"]): line.get("exit_code") for line in self._read_results()}
-        lines = []
+        text = ""
         for cell, planned in self._read_plan()["cells"].items():
             for seed in planned["seeds"]:
                 summary = self.run(cell, seed).summary
-                line = {"cell": cell, "seed": seed, "finished": summary.exists()}
-                if line["finished"]:
-                    line |= json.loads(summary.read_text())
-                else:
-                    line["exit_code"] = exit_codes.get((cell, seed), known.get((cell, seed)))
-                lines.append(line)
-        write_whole(self.results, "".join(json.dumps(line) + "\n" for line in lines))
+                finished = summary.exists()
+                exit_code = {"exit_code": exit_codes.get((cell, seed), known.get((cell, seed)))}
+                result = json.loads(summary.read_text()) if finished else exit_code
+                text += json.dumps({"cell": cell, "seed": seed, "finished": finished} | result) + "\n"
+        write_whole(self.results, text)
 
     def unfinished(self) -> list[str]:
-        """Names of planned runs that are not finished, by the record; none where there is no record."""
+        """Names of the runs that `results.jsonl` records as not finished."""
         return [
             f"{line['cell']} seed {line['seed']}"
             + (f" (exit code {line['exit_code']})" if line.get("exit_code") else "")
@@ -138,7 +122,7 @@ class AblationFolder:
         ]
 
     def is_quick(self) -> bool:
-        """Whether the runs were cut short by --quick."""
+        """Whether the runs were shortened by --quick."""
         return bool(self._read_plan().get("quick"))
 
     def _read_results(self) -> list[dict[str, Any]]:
@@ -157,14 +141,23 @@ class AblationFolder:
         try:
             plan = json.loads(self.plan.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise ConfigError("--out", f"{self.plan} is not JSON; remove it to plan anew") from None
+            raise ConfigError("--out", f"{self.plan} is not JSON; remove it to start a new plan") from None
         for cell in plan["cells"].values():
-            cell.setdefault("seeds", plan.get("seeds"))  # the first plans had one list for all cells
+            cell.setdefault("seeds", plan.get("seeds"))  # early plans had one list of seeds for all cells
         return plan
 
 
+def try_lock(file: int) -> bool:
+    """Lock an open file without waiting; False if another process holds the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a file in one piece: who reads it meanwhile finds the old one."""
+    """Write a file atomically: a reader finds either the old content or the new."""
     scratch = path.with_name(f"{path.name}.partial")
     scratch.write_text(text)
     scratch.replace(path)

@@ -1,117 +1,97 @@
-"""What the runs of an ablation support and what they do not, in plain sentences."""
+"""What the runs of an ablation support and what they do not, in sentences."""
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
+from itertools import product
 
 from moe.ablation.cells import TOLERANCE
 from moe.ablation.comparison import Comparison, Curve
 from moe.ablation.results import CellResult
-from moe.ablation.statistics import Interval, paired_difference, with_bounds
+from moe.ablation.statistics import Interval
 from moe.tables import short
 
-_BETTER, _WORSE, _UNCLEAR = "better than", "worse than", "not told apart from"
+_BETTER, _WORSE, _UNCLEAR = "better than", "worse than", "not significantly different from"
 
 
 def conclusions(comparison: Comparison) -> Iterator[str]:
-    """What the runs support, and what they do not."""
-    cells = comparison.cells
+    """Sentences on what the runs support and what they do not."""
+    cells, baseline = comparison.cells, comparison.baseline
     if len(cells) == 1:
-        yield f"{cells[0].label} is compared with nothing: no other run here has its settings outside moe.*."
+        yield f"{cells[0].label} cannot be compared: no other run has the same settings outside moe.*."
         return
-    said = list(_with_intervals(comparison))
+    said = ["There is no dense run, so nothing is compared with a dense model."]
+    if baseline is not None:
+        said = list(_against_dense(comparison, baseline))
+    for curve in comparison.curves:
+        said += _along(curve, baseline)
+    said += _equivalents(comparison)
     yield from said
     if intervals := sum(one.count(" [") for one in said):
-        yield f"Of twenty intervals of 95 % one misses by chance; here are {intervals}."
-    if comparison.baseline is not None:
-        yield from _speed(cells, comparison.baseline)
+        yield f"On average one in twenty 95 % intervals misses the true value; there are {intervals} here."
+    if baseline is not None:
+        others = [cell for cell in cells if cell is not baseline]
+        speeds = [f"{cell.label} {cell.tokens_per_s / baseline.tokens_per_s:.2f}" for cell in others]
+        yield f"Tokens per second during training, relative to {baseline.label}: {'; '.join(speeds)}."
     tokens = sorted({run.summary["tokens"] for cell in cells for run in cell.runs.values()})
+    amount = short(tokens[0]) if len(tokens) == 1 else f"{short(tokens[0])} to {short(tokens[-1])}"
     yield (
-        f"All this is after {' to '.join(short(t) for t in dict.fromkeys((tokens[0], tokens[-1])))} tokens a "
-        "run, with one set of hyperparameters; it says nothing of longer training or of larger models."
+        f"All results are after {amount} tokens per run, with one set of hyperparameters. They do not show "
+        "what happens with longer training or larger models."
     )
 
 
-def _with_intervals(comparison: Comparison) -> Iterator[str]:
-    """All conclusions that hold intervals."""
-    if comparison.baseline is None:
-        yield "Nothing is compared with a dense model: there is no dense run."
-    else:
-        yield from _against_dense(comparison, comparison.baseline)
-    for curve in comparison.curves:
-        yield from _along(curve)
-    yield from _equivalents(comparison)
-
-
 def _against_dense(comparison: Comparison, baseline: CellResult) -> Iterator[str]:
-    others = [cell for cell in comparison.cells if cell is not baseline]
-    known = {
-        c: d for c in others if (d := comparison.differences.get(c.label)) is not None and d.low is not None
-    }
-    outcomes: dict[str, list[str]] = {_BETTER: [], _WORSE: [], _UNCLEAR: []}
-    for cell, difference in known.items():
-        said = f"{cell.label} by {with_bounds(difference)}{_with_flops(cell, baseline)}"
-        outcomes[_outcome(difference)].append(said)
-    for outcome, found in outcomes.items():
-        if found:
-            what = f"{outcome.capitalize()} {baseline.label}"
-            yield f"{what} (nats per token, paired by seed, 95 %): {'; '.join(found)}."
-    single = [c.label for c in others if c not in known and c.label in comparison.differences]
-    if single:
-        yield f"One seed in common with {baseline.label} tells no spread; may be chance: {'; '.join(single)}."
-    if none := [cell.label for cell in others if cell.label not in comparison.differences]:
+    others = [(c, comparison.differences.get(c.label)) for c in comparison.cells if c is not baseline]
+    known = [(cell, d, d.mean - d.low) for cell, d in others if d is not None and d.low is not None]
+    texts = [(_outcome(d), f"{c.label} {d}{_with_flops(c, baseline)}") for c, d, _ in known]
+    what = "difference in nats per token, paired by seed, with 95 % interval"
+    for outcome in (_BETTER, _WORSE, _UNCLEAR):
+        if found := [text for its_outcome, text in texts if its_outcome == outcome]:
+            yield f"{outcome.capitalize()} {baseline.label} ({what}): {'; '.join(found)}."
+    if single := [cell.label for cell, d in others if d is not None and d.low is None]:
+        yield f"Only one seed in common with {baseline.label}, so differences may be chance: {'; '.join(single)}."
+    if none := [cell.label for cell, difference in others if difference is None]:
         yield f"No seed in common with {baseline.label}, so not compared: {'; '.join(none)}."
-    halves = [d.mean - d.low for cell, d in known.items() if not cell.is_dense and d.low is not None]
-    if halves:
+    if halves := [half for cell, _, half in known if not cell.is_dense]:
         yield (
-            f"The intervals of sparse models reach {min(halves):.4f} to {max(halves):.4f} nats to either "
-            "side: smaller differences are not resolved."
+            f"The 95 % intervals of sparse models extend {min(halves):.4f} to {max(halves):.4f} nats to each "
+            "side of the mean, so smaller differences cannot be resolved."
         )
-    same = [
-        _compared(cell, dense)
-        for cell in comparison.sparse
-        for dense in comparison.dense
-        if dense is not baseline
-        and abs(cell.counts.total / dense.counts.total - 1) <= TOLERANCE
-        and _share_seeds(cell, dense)
-    ]
-    if same:
-        yield f"At equal total parameters: {'; '.join(same)}."
+    pairs = product(comparison.sparse, [cell for cell in comparison.dense if cell is not baseline])
+    same_total = [(a, b) for a, b in pairs if abs(a.counts.total / b.counts.total - 1) <= TOLERANCE]
+    if verdicts := _verdicts(same_total):
+        yield f"At equal total parameters: {verdicts}."
 
 
-def _along(curve: Curve) -> Iterator[str]:
-    """Each cell against the one before it and against the first, and the power law."""
+def _along(curve: Curve, baseline: CellResult | None) -> Iterator[str]:
+    """Each cell against the previous one and against the first one, and the power law."""
     first, *others = curve.cells
     along = f" along {curve.key}" if curve.key else ""
-    steps = [
-        _compared(after, before) for before, after in pairwise(curve.cells) if _share_seeds(after, before)
-    ]
-    if steps:
-        yield f"Step by step{along}: {'; '.join(steps)}."
-    if far := [_compared(cell, first) for cell in others[1:] if _share_seeds(cell, first)]:
-        yield f"And from the first{along}: {'; '.join(far)}."
+    if verdicts := _verdicts(zip(others, curve.cells[:-1], strict=True)):
+        yield f"Consecutive cells{along}: {verdicts}."
+    if verdicts := _verdicts((cell, first) for cell in others[1:]):
+        yield f"Compared with the first cell{along}: {verdicts}."
     if (law := curve.law) is not None:
-        change = (curve.cells[-1].counts.total / first.counts.total) ** law.exponent.mean - 1
-        supports = ""
+        last, supports = curve.cells[-1], ""
+        change = (last.counts.total / first.counts.total) ** law.exponent.mean - 1
         if law.exponent.low is None:
-            supports = "; one seed tells no spread"
+            supports = "; a single seed gives no interval"
         elif _outcome(law.exponent) == _UNCLEAR:
-            supports = "; it may be zero, so no law is supported"
+            supports = "; the exponent is not significantly different from 0, so no power law is supported"
         yield (
-            f"Loss as a power of total parameters, from the dense model to {curve.cells[-1].label}: exponent "
-            f"{with_bounds(law.exponent)} over seeds, {change:+.1%} from {first.label} on, residuals to "
-            f"{max(map(abs, law.residuals)):.1%}{supports}."
+            f"Loss as a power of total parameters, from {(baseline or first).label} to {last.label}: "
+            f"exponent {law.exponent}, loss {change:+.1%} from {first.label} to {last.label}, "
+            f"residuals up to {max(map(abs, law.residuals)):.1%}{supports}."
         )
 
 
-def _share_seeds(cell: CellResult, other: CellResult) -> bool:
-    """Whether they can be compared with an interval."""
-    return len(cell.runs.keys() & other.runs.keys()) > 1
-
-
-def _compared(cell: CellResult, other: CellResult) -> str:
-    difference = paired_difference(cell.losses, other.losses)
-    said = f"{cell.label} {_outcome(difference)} {other.label}: {with_bounds(difference)}"
-    return said + _with_flops(cell, other)
+def _verdicts(pairs: Iterable[tuple[CellResult, CellResult]]) -> str:
+    """Compare the first cell of each pair with the second, for pairs with two or more seeds in common."""
+    found = [(cell, other, cell.difference_to(other)) for cell, other in pairs]
+    return "; ".join(
+        f"{cell.label} {_outcome(d)} {other.label}: {d}{_with_flops(cell, other)}"
+        for cell, other, d in found
+        if d is not None and d.low is not None
+    )
 
 
 def _outcome(difference: Interval) -> str:
@@ -131,15 +111,12 @@ def _equivalents(comparison: Comparison) -> Iterator[str]:
     law, dense = comparison.dense_law, [cell.counts.active_no_input_emb for cell in comparison.dense]
     if law is None or not comparison.sparse:
         return
-    through = (
-        "through the dense runs, loss is a power of active parameters (without the input embedding) with "
-        f"exponent {with_bounds(law.exponent)}"
-    )
+    fit = f"the power law through the dense runs has exponent {law.exponent}"
     if not comparison.worth:
-        why = ", which is not below zero on every seed and beyond doubt"
+        why = ", which is not significantly below 0, or not below 0 for every seed"
         if law.exponent.low is None:
-            why = "; one seed tells no spread"
-        yield f"What dense size the sparse models are worth is not told by these runs: {through}{why}."
+            why = "; a single seed gives no interval"
+        yield f"The equivalent dense size of the sparse models cannot be estimated: {fit}{why}."
         return
     found = []
     for label, size in comparison.worth.items():
@@ -147,16 +124,8 @@ def _equivalents(comparison: Comparison) -> Iterator[str]:
         bounds = f" [{short(known[1])}, {short(known[2])}]" if len(known) > 1 else ""
         beyond = ", extrapolated" if min(known) < min(dense) or max(known) > max(dense) else ""
         found.append(f"{label} {short(size.mean)}{bounds}{beyond}")
-    fit = "two sizes, so it has no residual"
+    residuals = "two sizes, so the fit has no residuals"
     if len(dense) > 2:
-        fit = f"{len(dense)} sizes, residuals to {max(map(abs, law.residuals)):.2%} of the loss"
-    yield f"Worth a dense model of so many parameters ({through}; {fit}): {'; '.join(found)}."
-
-
-def _speed(cells: Sequence[CellResult], baseline: CellResult) -> Iterator[str]:
-    found = [
-        f"{cell.label} {cell.tokens_per_s / baseline.tokens_per_s:.2f}"
-        for cell in cells
-        if cell is not baseline
-    ]
-    yield f"Tokens per second as they were trained, those of {baseline.label} being 1: {'; '.join(found)}."
+        residuals = f"{len(dense)} sizes, residuals up to {max(map(abs, law.residuals)):.2%} of the loss"
+    what = "Equivalent dense size in active parameters without the input embedding"
+    yield f"{what} ({fit}; {residuals}): {'; '.join(found)}."

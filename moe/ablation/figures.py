@@ -1,9 +1,9 @@
-"""The figures of an ablation; each one has its units and can be read without colour."""
+"""The figures of an ablation. They state their units and can be read without color."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,11 +15,14 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from moe.ablation.cells import TOLERANCE
 from moe.ablation.comparison import Comparison
-from moe.ablation.results import CellResult, Run
+from moe.ablation.results import CellResult
+from moe.tables import plain
 
 _MARKERS, _LINES = "osD^vP*X", ("-", "--", "-.", ":")
 _INK, _SPARSE, _DENSE = "#222222", "#7f9fca", "#dddddd"
-_LOSS = "validation loss (nats per token)"
+_BOX: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+_NOTE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
+_SPEED, _LOSS = "tokens per second", "validation loss (nats per token)"
 _HEALTH = {
     "load_imbalance": "Load of the busiest expert over the mean",
     "router_entropy": "Entropy of the router (nats)",
@@ -34,120 +37,79 @@ _COST = {
 }
 
 
-class _Figure(NamedTuple):
-    name: str
-    title: str
-    caption: str
-    fill: Callable[[Axes], None]
-
-
 def draw_figures(comparison: Comparison, folder: Path, suffix: str) -> list[tuple[Path, str]]:
-    """Draw everything that the cells have.
-
-    Args:
-        comparison: to show.
-        folder: of the PNGs.
-        suffix: of their names.
-
-    Returns:
-        The PNGs with their captions.
-    """
+    """Draw all figures for which the cells have data into PNG files; returns these with their captions."""
     pictures = []
-    for name, title, caption, fill in _figures(comparison):
+    for name, title, caption, draw in _figures(comparison):
         figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=130, layout="constrained")
-        fill(axes)
+        draw(axes)
         axes.set_title(title, fontsize=12)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
         path = folder / f"{name}{suffix}.png"
         figure.savefig(path)
         plt.close(figure)
-        pictures.append((path, f"{title}. {caption}".strip()))
+        pictures.append((path, f"{title}. {caption}"))
     return pictures
 
 
-def _figures(comparison: Comparison) -> Iterator[_Figure]:
-    cells, baseline = comparison.cells, comparison.baseline
-    flops = [cell.flops for cell in (*comparison.sparse, *([baseline] if baseline else []))]
-    equal = max(flops) <= (1 + TOLERANCE) ** 2 * min(flops)
-    yield _Figure(
-        "loss_against_parameters",
-        f"Final loss against total parameters{' (sparse: equal active FLOPs)' if equal else ''}",
-        "Small points are seeds (dense to the left of their mean, sparse to the right), large ones their "
-        "means. Filled: sparse. Hollow: dense, of more FLOPs the larger they are. Dashed: a power law, where "
-        "the seeds support one.",
-        lambda axes: _against_parameters(axes, comparison),
+def _figures(comparison: Comparison) -> Iterator[tuple[str, str, str, Callable[[Axes], None]]]:
+    """File name, title, caption, and the function that draws the figure."""
+    cells, sparse, baseline = comparison.cells, comparison.sparse, comparison.baseline
+    flops = [cell.flops for cell in (*sparse, *([baseline] if baseline else []))]
+    equal = " (sparse: equal active FLOPs)" if max(flops) <= (1 + TOLERANCE) ** 2 * min(flops) else ""
+    caption = (
+        "Small points: single seeds (dense models left of their mean, sparse models right of it). Large "
+        "points: means over seeds. Filled: sparse models. Hollow: dense models, whose FLOPs grow with their "
+        "size. Dashed: a power law, drawn if its exponent is significantly below zero."
     )
+    draw = partial(_against_parameters, comparison=comparison)
+    yield "loss_against_parameters", f"Final loss against total parameters{equal}", caption, draw
     if baseline is not None and any(d.low is not None for d in comparison.differences.values()):
-        yield _Figure(
-            "difference_to_dense",
-            f"Difference of the final loss to {baseline.label}",
-            "Mean over seeds, paired by seed, with 95 % intervals. Below zero is better.",
-            lambda axes: _differences(axes, comparison),
-        )
-    curves = "Mean over seeds, from a third of the training on."
-    yield _Figure(
-        "loss_against_flops",
-        "Loss against training FLOPs",
-        curves,
-        lambda axes: _curves(axes, cells, _flops_at, "training FLOPs"),
+        title = f"Difference of the final loss to {baseline.label}"
+        caption = "Mean over seeds, paired by seed, with 95 % intervals. Below zero is better."
+        yield "difference_to_dense", title, caption, partial(_differences, comparison=comparison)
+    caption = "Mean over seeds, without the first third of the training."
+    draw = partial(_curves, cells=cells, over_time=False)
+    yield "loss_against_flops", "Loss against training FLOPs", caption, draw
+    caption += (
+        " Time is tokens divided by the run's tokens per second, without evaluation and saving. Runs trained "
+        "at the same time shared the machine. The learning rate decays until the end of each curve, so only "
+        "the ends are fully comparable."
     )
-    yield _Figure(
-        "loss_against_time",
-        "Loss against time",
-        f"{curves} Tokens over the run's tokens per second, evaluation and saving not counted, on a machine "
-        "that runs side by side share. Each curve's learning rate ends with it, so only ends compare fully.",
-        lambda axes: _curves(axes, cells, _seconds_at, "time of the training steps (seconds)"),
-    )
-    yield _Figure(
-        "speed",
-        "Training speed",
-        "Median over seeds, evaluation and saving not counted. Light: dense.",
-        lambda axes: _bars(axes, cells, [cell.tokens_per_s for cell in cells], "tokens per second"),
-    )
-    for key, title in _HEALTH.items():
-        values = [cell.mean(f"moe/{key}") or 0.0 for cell in comparison.sparse]
+    yield "loss_against_time", "Loss against time", caption, partial(_curves, cells=cells, over_time=True)
+    caption = "Median over seeds, without evaluation and saving. Light bars: dense models."
+    speeds = [cell.tokens_per_s for cell in cells]
+    yield "speed", "Training speed", caption, partial(_bars, cells=cells, heights=speeds, label=_SPEED)
+    for key, label in _HEALTH.items():
+        values = [cell.mean(f"moe/{key}") or 0.0 for cell in sparse]
         if any(values):
-            yield _Figure(
-                key,
-                f"Router health: {title[0].lower()}{title[1:]}",
-                "Mean over the last tenth of the training and over seeds.",
-                partial(_bars, cells=comparison.sparse, heights=values, label=title),
-            )
-    for key, title in _COST.items():
+            title = f"Router health: {label[0].lower()}{label[1:]}"
+            caption = "Mean over the last tenth of the training and over seeds."
+            yield key, title, caption, partial(_bars, cells=sparse, heights=values, label=label)
+    for key, label in _COST.items():
         costs = [cost for cell in cells if (cost := cell.cost(key)) is not None]
         if len(costs) == len(cells):
-            fill = partial(_bars, cells=cells, heights=costs, label=title)
-            yield _Figure(key, title, "Mean over seeds.", fill)
+            yield key, label, "Mean over seeds.", partial(_bars, cells=cells, heights=costs, label=label)
 
 
 def _against_parameters(axes: Axes, comparison: Comparison) -> None:
-    for name, cells, fill, side in (
-        ("sparse", comparison.sparse, _INK, 1.03),
-        ("dense", comparison.dense, "white", 0.97),
-    ):
+    kinds = (("sparse", comparison.sparse, _INK, 1.03), ("dense", comparison.dense, "white", 0.97))
+    for name, cells, fill, side in kinds:
         style: dict[str, Any] = {"color": _INK, "markerfacecolor": fill}
         for number, cell in enumerate(cells):
             total = cell.counts.total / 1e6
             axes.plot([side * total] * len(cell.runs), list(cell.losses.values()), "o", markersize=3, **style)
             axes.plot(total, cell.mean_loss, "o", markersize=8, label=None if number else name, **style)
-            place = (10, 7 if cell.is_dense else -14)
-            axes.annotate(
-                cell.label,
-                (total, cell.mean_loss),
-                textcoords="offset points",
-                xytext=place,
-                fontsize=8,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
-            )
+            offset = (10, 7 if cell.is_dense else -14)
+            axes.annotate(cell.label, (total, cell.mean_loss), xytext=offset, bbox=_BOX, **_NOTE)
     for curve in comparison.curves:
         if curve.key == "moe.num_experts":
             _line(axes, curve.cells, "-")
         if curve.law is not None and not curve.law.may_be_flat:
-            at = np.geomspace(*_ends(curve.cells), 50)
-            axes.plot(
-                at / 1e6, curve.law.scale * at**curve.law.exponent.mean, "--", color="#888888", linewidth=1
-            )
+            x = np.geomspace(*_ends(curve.cells), 50)
+            y = curve.law.scale * x**curve.law.exponent.mean
+            axes.plot(x / 1e6, y, "--", color="#888888", linewidth=1)
     _line(axes, comparison.dense, ":")
     axes.set(xscale="log", xlabel="total parameters (millions)", ylabel=_LOSS)
     lowest, highest = (total / 1e6 for total in _ends(comparison.cells))
@@ -170,48 +132,31 @@ def _line(axes: Axes, cells: Sequence[CellResult], style: str) -> None:
 
 
 def _differences(axes: Axes, comparison: Comparison) -> None:
-    shown = [(label, d) for label, d in comparison.differences.items() if d.low is not None]
+    differences = comparison.differences.items()
+    shown = [(label, d.mean, d.mean - d.low) for label, d in differences if d.low is not None]
     axes.axhline(0, color=_INK, linewidth=1)
-    for place, (_, difference) in enumerate(shown):
-        assert difference.low is not None
-        half = difference.mean - difference.low
-        axes.errorbar(place, difference.mean, half, fmt="o", color=_INK, capsize=5)
-        axes.annotate(
-            f"{difference.mean:+.4f}",
-            (place, difference.mean),
-            textcoords="offset points",
-            xytext=(8, -3),
-            fontsize=8,
-        )
-    axes.set_xticks(range(len(shown)), [label for label, _ in shown], rotation=30, ha="right")
+    for place, (_, mean, half) in enumerate(shown):
+        axes.errorbar(place, mean, half, fmt="o", color=_INK, capsize=5)
+        axes.annotate(f"{mean:+.4f}", (place, mean), xytext=(8, -3), **_NOTE)
+    axes.set_xticks(range(len(shown)), [label for label, *_ in shown], rotation=30, ha="right")
     axes.set_xlim(-0.5, len(shown))
     axes.set_ylabel("difference of validation loss (nats per token)")
 
 
-def _flops_at(run: Run, cell: CellResult, step: int, tokens: int) -> float:
-    return tokens * cell.counts.flops_per_token_train
-
-
-def _seconds_at(run: Run, cell: CellResult, step: int, tokens: int) -> float:
-    return tokens / run.summary["tokens_per_s"]
-
-
-def _curves(
-    axes: Axes, cells: Sequence[CellResult], place: Callable[[Run, CellResult, int, int], float], label: str
-) -> None:
+def _curves(axes: Axes, cells: Sequence[CellResult], over_time: bool) -> None:
+    """Loss against the time of the training steps, or against training FLOPs."""
     for index, cell in enumerate(cells):
         points: dict[int, list[tuple[float, float]]] = {}
         for run in cell.runs.values():
             evaluated = [line for line in run.metrics if "eval/loss" in line]
             for line in evaluated:
                 if line["step"] >= evaluated[-1]["step"] / 3:
-                    at = place(run, cell, line["step"], line["tokens"])
-                    points.setdefault(line["step"], []).append((at, line["eval/loss"]))
+                    seconds = line["tokens"] / run.summary["tokens_per_s"]
+                    x = seconds if over_time else line["tokens"] * cell.counts.flops_per_token_train
+                    points.setdefault(line["step"], []).append((x, line["eval/loss"]))
         common = [np.mean(some, axis=0) for _, some in sorted(points.items()) if len(some) == len(cell.runs)]
-        x, y = np.array(common).T
         axes.plot(
-            x,
-            y,
+            *np.array(common).T,
             label=cell.label,
             markersize=5,
             color=plt.get_cmap("viridis")(0.85 * index / max(len(cells) - 1, 1)),
@@ -220,16 +165,15 @@ def _curves(
             markerfacecolor="white" if cell.is_dense else None,
             zorder=3 if cell.is_dense else 2,
         )
+    label = "time of the training steps (seconds)" if over_time else "training FLOPs"
     axes.set(xlabel=label, ylabel=_LOSS)
     axes.legend(frameon=False, fontsize=8)
 
 
 def _bars(axes: Axes, cells: Sequence[CellResult], heights: Sequence[float], label: str) -> None:
-    colours = [_DENSE if cell.is_dense else _SPARSE for cell in cells]
-    bars = axes.bar(range(len(cells)), heights, color=colours, edgecolor=_INK)
-    axes.bar_label(
-        bars, fmt=lambda height: f"{height:,.0f}" if height >= 100 else f"{height:.3g}", fontsize=8
-    )
+    colors = [_DENSE if cell.is_dense else _SPARSE for cell in cells]
+    bars = axes.bar(range(len(cells)), heights, color=colors, edgecolor=_INK)
+    axes.bar_label(bars, fmt=plain, fontsize=8)
     axes.set_ylabel(label)
     axes.margins(y=0.1)
     axes.set_xticks(range(len(cells)), [cell.label for cell in cells], rotation=30, ha="right")

@@ -1,9 +1,9 @@
-"""The report of an ablation: `report.html` that opens without a network, `results.csv` and PNGs."""
+"""The report of an ablation: `report.html`, which opens without a network, `results.csv` and PNG files."""
 
 import csv
-import html
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ _QUALITY = {
     "flops_per_token": ("FLOPs per token, training", short),
     "loss": ("loss, nats per token", "{:.4f}".format),
     "bits_per_byte": ("bits per byte", "{:.4f}".format),
-    "difference": ("against dense", "{:+.4f}".format),
-    "equivalent_dense_params_no_input_emb": ("worth a dense one of (active, without embedding)", short),
+    "difference": ("difference to dense", "{:+.4f}".format),
+    "equivalent_dense_params_no_input_emb": ("equivalent dense size (active, without embedding)", short),
 }
 _EFFORT = {
     "cell": ("cell", str),
@@ -57,41 +57,41 @@ _EFFORT = {
 
 
 def write_report(root: Path) -> list[str]:
-    """Report every finished run below a folder, into that folder; what the report says.
+    """Write a report on all finished runs below a folder into that folder, and return its sentences.
 
     Raises:
-        ConfigError: there is none, or the folder cannot be written.
+        ConfigError: there is no finished run, or the folder cannot be written.
     """
     runs, left_out = read_runs(root)
     sets, record = compare(runs), AblationFolder(root)
     notes, said, table, sections = [], [], [], []
     if record.is_quick():
         notes.append(
-            "A quick ablation, of models far from converged: neither the size of the differences nor the "
-            "order of close cells carries over to the whole training."
+            "A quick ablation: the models are far from converged, so neither the size of the differences nor "
+            "the order of similar cells carries over to the full training."
         )
     if unfinished := record.unfinished():
-        notes.append(f"Not finished, and so not counted: {'; '.join(unfinished)}.")
+        notes.append(f"Not finished, so not included: {'; '.join(unfinished)}.")
     if left_out:
         places = "; ".join(str(path.relative_to(root)) for path in left_out)
-        notes.append(f"Left out, as another run has the same settings and seed: {places}.")
+        notes.append(f"Left out because another run has the same settings and seed: {places}.")
     try:
         for number, comparison in enumerate(sets, 1):
-            some, sentence = list(rows(comparison)), list(conclusions(comparison))
+            some, sentences = list(rows(comparison)), list(conclusions(comparison))
             pictures = draw_figures(comparison, root, f"_{number}" if len(sets) > 1 else "")
-            sections.append(_section(comparison, some, sentence, pictures))
+            sections.append(_section(comparison, some, sentences, pictures))
             table += some
-            said += sentence
+            said += sentences
         with (root / "results.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, table[0])
             writer.writeheader()
             writer.writerows(table)
-        title = html.escape(root.resolve().name)
+        title = escape(root.resolve().name)
         page = (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{title}</title><style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n"
-            + "".join(f"<p><strong>{html.escape(note)}</strong></p>\n" for note in notes)
+            + "".join(f"<p><strong>{escape(note)}</strong></p>\n" for note in notes)
             + "<hr>\n".join(sections)
             + "</body></html>\n"
         )
@@ -104,49 +104,46 @@ def write_report(root: Path) -> list[str]:
 def _section(
     comparison: Comparison, table: list[dict[str, Any]], said: list[str], pictures: list[tuple[Path, str]]
 ) -> str:
-    figures = "".join(
-        f'<figure><div class="scroll"><img alt="{html.escape(caption)}" src="data:image/png;base64,'
-        f'{b64encode(path.read_bytes()).decode()}"></div><figcaption>{html.escape(caption)}</figcaption>'
-        "</figure>\n"
-        for path, caption in pictures
-    )
-    return (
-        f"<p>{html.escape(_opening(comparison))}</p>\n"
-        "<h2>What it shows</h2>\n<ul>" + "".join(f"<li>{html.escape(one)}</li>\n" for one in said) + "</ul>\n"
-        f'<h2>Quality</h2>\n<div class="scroll">{_table(table, _QUALITY)}</div>\n'
-        "<p>Loss: validation, mean over seeds, with a 95 % interval that holds what seeds vary in all cells "
-        "alike. To compare cells, take the differences to dense, which are paired by seed.</p>\n"
-        f'<h2>Speed, routing and cost</h2>\n<div class="scroll">{_table(table, _EFFORT)}</div>\n'
-        "<p>FLOPs and cost are those of a run, mean over seeds; without rates (cost.* in the configuration) "
-        f"there is neither price nor energy.</p>\n<h2>Pictures</h2>\n{figures}"
-    )
-
-
-def _opening(comparison: Comparison) -> str:
     cells = comparison.cells
     run = next(iter(cells[0].runs.values()))
     seeds = sorted({seed for cell in cells for seed in cell.runs})
     settings = f"{comparison.title}: " if comparison.title else ""
-    return (
+    opening = (
         f"{settings}{sum(len(cell.runs) for cell in cells)} runs of {len(cells)} cells, "
         f"seeds {', '.join(map(str, seeds))}, {short(run.summary['tokens'])} tokens each of "
         f"{run.config.data.source}. Runs of one seed share their batches and all initial weights outside "
-        "experts and routers; all runs share the validation text."
+        "experts and routers. All runs share the validation text."
+    )
+    figures = "".join(
+        f'<figure><div class="scroll"><img alt="{escape(caption)}" src="data:image/png;base64,'
+        f'{b64encode(path.read_bytes()).decode()}"></div><figcaption>{escape(caption)}</figcaption></figure>\n'
+        for path, caption in pictures
+    )
+    return (
+        f"<p>{escape(opening)}</p>\n"
+        "<h2>What it shows</h2>\n<ul>" + "".join(f"<li>{escape(one)}</li>\n" for one in said) + "</ul>\n"
+        f'<h2>Quality</h2>\n<div class="scroll">{_table(table, _QUALITY)}</div>\n'
+        "<p>Loss: final validation loss, mean over seeds. Its 95 % interval includes what seeds change in "
+        "all cells alike. To compare cells, use the differences to dense, which are paired by seed.</p>\n"
+        f'<h2>Speed, routing and cost</h2>\n<div class="scroll">{_table(table, _EFFORT)}</div>\n'
+        "<p>FLOPs and cost are per run, mean over seeds. Price and energy need rates, which cost.* in the "
+        f"configuration sets.</p>\n<h2>Figures</h2>\n{figures}"
     )
 
 
 def _table(table: list[dict[str, Any]], columns: Mapping[str, Any]) -> str:
     shown = {key: how for key, how in columns.items() if any(row[key] is not None for row in table)}
-    head = "".join(f"<th>{html.escape(title)}</th>" for title, _ in shown.values())
+    head = "".join(f"<th>{escape(title)}</th>" for title, _ in shown.values())
     body = "".join(
-        "<tr>" + "".join(f"<td>{cell}</td>" for cell in _cells(row, shown)) + "</tr>\n" for row in table
+        f"<tr>{''.join(f'<td>{_cell(row, key, form)}</td>' for key, (_, form) in shown.items())}</tr>\n"
+        for row in table
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
 
 
-def _cells(row: dict[str, Any], shown: Mapping[str, Any]) -> Iterator[str]:
-    for key, (_, form) in shown.items():
-        text = "" if row[key] is None else form(row[key])
-        if row.get(f"{key}_low") is not None:
-            text += f" [{form(row[f'{key}_low'])}, {form(row[f'{key}_high'])}]"
-        yield html.escape(text)
+def _cell(row: dict[str, Any], key: str, form: Any) -> str:
+    """A value, with its interval if it has one."""
+    text = "" if row[key] is None else form(row[key])
+    if row.get(f"{key}_low") is not None:
+        text += f" [{form(row[f'{key}_low'])}, {form(row[f'{key}_high'])}]"
+    return escape(text)

@@ -1,4 +1,4 @@
-"""Finished runs, and the cells they make up: runs that differ in their seed only are one cell."""
+"""Finished runs, and the cells that they form: runs that differ only in their seed belong to one cell."""
 
 import json
 import re
@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from moe.ablation.cells import DENSE_KEYS, spelled
+from moe.ablation.statistics import Interval, paired_difference
 from moe.accounting.counts import ModelCounts, count_parameters
 from moe.config import Config, ConfigError, flat_config, load_config
 from moe.runs.metrics_log import read_metrics
 from moe.runs.resuming import sets_results
 from moe.runs.run_folder import RunFolder
 
-_WIDTH = "moe.d_ff_expert"
+WIDTH = "moe.d_ff_expert"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A finished run."""
 
@@ -27,63 +28,53 @@ class Run:
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
 
-    @property
-    def loss(self) -> float:
-        """Final validation loss, nats per token."""
-        return self.summary["final_eval_loss"]
-
 
 @dataclass(frozen=True, eq=False)
 class CellResult:
-    """Runs that differ in their seed only.
+    """Runs that differ only in their seed."""
 
-    Attributes:
-        label: what sets it apart from the other cells.
-        runs: by seed.
-        counts: parameters and FLOPs of their configuration.
-    """
-
-    label: str
-    runs: Mapping[int, Run]
+    label: str  # distinguishes the cell from the others
+    runs: Mapping[int, Run]  # by seed
+    config: Config  # of the first run
     counts: ModelCounts
 
     @property
-    def config(self) -> Config:
-        """Of any of its runs."""
-        return next(iter(self.runs.values())).config
-
-    @property
     def is_dense(self) -> bool:
-        """No router."""
+        """Whether the model has no router."""
         return self.config.moe.is_dense
 
     @property
     def losses(self) -> dict[int, float]:
-        """Final validation loss by seed."""
-        return {seed: run.loss for seed, run in self.runs.items()}
+        """Final validation loss by seed, in nats per token."""
+        return {seed: run.summary["final_eval_loss"] for seed, run in self.runs.items()}
 
     @property
     def flops(self) -> int:
-        """Forward, per token."""
+        """Forward FLOPs per token."""
         return self.counts.flops_per_token_forward
 
     @property
     def mean_loss(self) -> float:
-        """Over its seeds."""
+        """Final validation loss, mean over seeds."""
         return statistics.mean(self.losses.values())
 
     @property
     def tokens_per_s(self) -> float:
-        """Median over its seeds."""
+        """Training speed, median over seeds."""
         return statistics.median(run.summary["tokens_per_s"] for run in self.runs.values())
 
+    def difference_to(self, other: "CellResult") -> Interval | None:
+        """Loss minus the loss of another cell, paired by seed; None without a common seed."""
+        shared = self.runs.keys() & other.runs.keys()
+        return paired_difference(self.losses, other.losses) if shared else None
+
     def cost(self, key: str) -> float | None:
-        """Mean over its seeds of a figure of `cost` in their summaries; None where one does not know it."""
+        """Mean over seeds of a value of `cost` in `summary.json`; None if a run does not know it."""
         values = [run.summary.get("cost", {}).get(key) for run in self.runs.values()]
         return None if None in values else statistics.mean(values)
 
     def mean(self, key: str) -> float | None:
-        """Mean of a logged figure over the last tenth of its log and over seeds; None where there is none."""
+        """Mean of a metric over the last tenth of its log and over seeds; None if it was not logged."""
         values = []
         for run in self.runs.values():
             logged = [line[key] for line in run.metrics if line.get(key) is not None]
@@ -92,19 +83,18 @@ class CellResult:
 
 
 def read_runs(root: Path) -> tuple[list[Run], list[Path]]:
-    """Every finished run below a folder; and folders left out, of the same settings and seed as another.
+    """Read all finished runs below a folder, one per settings and seed; and the folders of further ones.
 
     Raises:
-        ConfigError: there is none, or one that train.py did not write.
+        ConfigError: there is no finished run, or a folder is not a complete run of train.py.
     """
     runs: dict[tuple[str, int], Run] = {}
     left_out = []
     for path in sorted(root.rglob("summary.json")):
         run = _read_run(path.parent)
         key = json.dumps(_settings(run.config)), run.config.run.seed
-        if key in runs:
+        if runs.setdefault(key, run) is not run:
             left_out.append(path.parent)
-        runs.setdefault(key, run)
     if not runs:
         raise ConfigError("DIR", f"{root} holds no finished run (no summary.json); train some first")
     return list(runs.values()), left_out
@@ -118,12 +108,12 @@ def _read_run(path: Path) -> Run:
         summary, metrics = None, []
     needed = {"final_eval_loss", "final_bits_per_byte", "tokens", "tokens_per_s"}
     if not isinstance(summary, dict) or not needed <= summary.keys() or not metrics:
-        raise ConfigError("DIR", f"{path} holds a summary.json, but not that of a run; remove it")
+        raise ConfigError("DIR", f"{path} holds a summary.json, but no complete run of train.py; remove it")
     return Run(path, load_config(folder.config), summary, metrics)
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """All that sets the results, but for the seed; a dense model has no routing."""
+    """All settings that affect results, except the seed and, for a dense model, the routing."""
     return {
         key: value
         for key, value in flat_config(config).items()
@@ -134,61 +124,56 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def cells_of(runs: Sequence[Run]) -> list[CellResult]:
-    """The cells that these runs make up, dense ones first, then by total parameters."""
+    """Group runs into cells, dense cells first, then by total parameters."""
     groups = group_runs(runs, lambda _: True)
-    cells = [
-        CellResult(label, {run.config.run.seed: run for run in group}, count_parameters(group[0].config))
-        for label, group in zip(_labels(groups), groups, strict=True)
-    ]
+    cells = []
+    for label, group in zip(_labels(groups), groups, strict=True):
+        runs_by_seed, config = {run.config.run.seed: run for run in group}, group[0].config
+        cells.append(CellResult(label, runs_by_seed, config, count_parameters(config)))
     return sorted(cells, key=lambda cell: (not cell.is_dense, cell.counts.total, cell.label))
 
 
-def group_runs(runs: Sequence[Run], counts: Callable[[str], bool]) -> list[list[Run]]:
-    """Groups of runs that share every setting for whose key `counts` is true; the seed is not looked at."""
+def group_runs(runs: Sequence[Run], is_compared: Callable[[str], bool]) -> list[list[Run]]:
+    """Group runs by the settings whose keys satisfy `is_compared`. The seed is ignored."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        settings = {key: value for key, value in _settings(run.config).items() if counts(key)}
+        settings = {key: value for key, value in _settings(run.config).items() if is_compared(key)}
         groups.setdefault(json.dumps(settings), []).append(run)
     return list(groups.values())
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """Settings that these runs do not share."""
+    """The settings in which these runs differ."""
     settings = [_settings(run.config) for run in runs]
-    return [key for key in settings[0] if len({spelled(some.get(key)) for some in settings}) > 1]
+    keys = settings[0] if settings else ()
+    return [key for key in keys if len({spelled(some.get(key)) for some in settings}) > 1]
 
 
 def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """Names of cells: those of their folders, where an ablation made these; else what differs."""
+    """Labels of cells: the folder names of an ablation if these are unique, else the differing settings."""
+    firsts = [group[0] for group in groups]
     folders = [{run.folder.parent.name for run in group} for group in groups]
-    by_ablation = all(re.fullmatch(r"seed-\d+", run.folder.name) for group in groups for run in group)
     names = [min(some) for some in folders]
+    by_ablation = all(re.fullmatch(r"seed-\d+", run.folder.name) for group in groups for run in group)
     if by_ablation and all(len(some) == 1 for some in folders) and len(set(names)) == len(names):
-        dense = [
-            group[0].config.moe.is_dense and not name.startswith("dense")
-            for name, group in zip(names, groups, strict=True)
+        return [
+            f"{name} (dense)" if run.config.moe.is_dense and not name.startswith("dense") else name
+            for name, run in zip(names, firsts, strict=True)
         ]
-        return [f"{name} (dense)" if is_dense else name for name, is_dense in zip(names, dense, strict=True)]
-    labels: dict[int, str] = {}
+    labels: dict[Run, str] = {}
     for is_dense in (False, True):
-        first = {i: group[0] for i, group in enumerate(groups) if group[0].config.moe.is_dense == is_dense}
-        keys = differing_keys(list(first.values())) if first else []
-        for wanted in ([key for key in keys if key != _WIDTH], keys):  # the width only where it is needed
-            names = [
-                ",".join(
-                    [
-                        *(["dense"] if is_dense else []),
-                        *(
-                            f"{key.rpartition('.')[2]}={spelled(flat_config(run.config)[key])}"
-                            for key in wanted
-                        ),
-                    ]
-                )
-                for run in first.values()
-            ]
+        alike = [run for run in firsts if run.config.moe.is_dense == is_dense]
+        keys = differing_keys(alike)
+        for wanted in ([key for key in keys if key != WIDTH], keys):  # include the width only if needed
+            names = [_label(run, wanted) for run in alike]
             if len(set(names)) == len(names):
                 break
-        labels |= {
-            i: name.replace("d_ff_expert", "width") or "sparse" for i, name in zip(first, names, strict=True)
-        }
-    return [labels[i] for i in range(len(groups))]
+        labels |= zip(alike, names, strict=True)
+    return [labels[run] for run in firsts]
+
+
+def _label(run: Run, keys: Sequence[str]) -> str:
+    settings = flat_config(run.config)
+    parts = ["dense"] if run.config.moe.is_dense else []
+    parts += [f"{key.rpartition('.')[2]}={spelled(settings[key])}" for key in keys]
+    return ",".join(parts).replace("d_ff_expert", "width") or "sparse"

@@ -1,18 +1,17 @@
-"""Train the runs of an ablation, some side by side, each in a process of its own."""
+"""Train the runs of an ablation, several at a time, each in its own process."""
 
-import fcntl
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
 
-from moe.ablation.ablation_folder import AblationFolder
+from moe.ablation.ablation_folder import AblationFolder, try_lock
 from moe.ablation.cells import Cell
 from moe.runs.metrics_log import read_metrics
 from moe.runs.run_folder import RunFolder
@@ -22,10 +21,7 @@ PROGRESS_SECONDS = 60
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Within it, Ctrl-C and SIGTERM raise KeyboardInterrupt.
-
-    Also where a shell without job control started this in the background, and had SIGINT ignored.
-    """
+    """Raise KeyboardInterrupt on Ctrl-C and SIGTERM, also in a background job that ignores SIGINT."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -48,45 +44,36 @@ class Task:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name shown in messages."""
         return f"{self.cell.name},seed={self.seed}"
 
     @property
     def is_finished(self) -> bool:
-        """Nothing is left to train."""
+        """Whether the run is complete."""
         return self.folder.summary.exists()
 
     @property
     def step(self) -> int:
-        """The last that was logged."""
+        """The last logged step, 0 if there is none."""
         metrics = read_metrics(self.folder.metrics)
         return metrics[-1]["step"] if metrics else 0
 
     def flops(self, step: int) -> float:
-        """Of so many steps."""
-        train = self.cell.config.train
-        tokens = train.global_batch_size * self.cell.config.data.seq_len
+        """Training FLOPs of the first `step` steps."""
+        config = self.cell.config
+        tokens = config.train.global_batch_size * config.data.seq_len
         return step * tokens * self.cell.counts.flops_per_token_train
 
 
 class AblationRunner:
-    """Runs, and the record of them.
+    """Trains the runs of an ablation, `jobs` at a time, and records their results in its folder.
 
-    Args:
-        folder: of the ablation, with its plan written.
-        tasks: what this command asks for.
-        command: that starts train.py; the configuration and run.* are appended.
-        jobs: how many runs go side by side.
-        threads: of each run; None: as the environment says.
+    `command` starts train.py; the configuration and the keys `run.*` are appended to it. Each run has
+    `threads` threads; None leaves the number to the environment.
     """
 
     def __init__(
-        self,
-        folder: AblationFolder,
-        tasks: Sequence[Task],
-        command: list[str],
-        jobs: int,
-        threads: int | None,
+        self, folder: AblationFolder, tasks: list[Task], command: list[str], jobs: int, threads: int | None
     ):
         self._folder, self._tasks, self._command, self._jobs = folder, tasks, command, jobs
         self._environment = {"WANDB_RUN_GROUP": folder.path.resolve().name} | os.environ
@@ -99,7 +86,7 @@ class AblationRunner:
         self._lock = threading.Lock()
 
     def run(self) -> None:
-        """Train what is not finished; on any exception, let the runs save and wait for that."""
+        """Train all unfinished runs. On any exception, let the running ones save and wait for them."""
         missing = [task for task in self._tasks if not task.is_finished]
         print(f"{len(self._tasks) - len(missing)} of {len(self._tasks)} runs are finished", flush=True)
         try:
@@ -118,22 +105,18 @@ class AblationRunner:
             self._folder.write_results(self._exit_codes)
 
     def _train(self, task: Task) -> None:
-        """One run, to its end; what it prints goes to its log."""
+        """Train one run to its end. Its output goes to its log."""
         name, seed = task.cell.name, task.seed
-        command = [
-            *self._command,
-            str(self._folder.config(name)),
-            f"run.dir={_quoted(str(task.folder.path))}",
-            f"run.name={name.replace('=', '-').replace(',', '.')}.seed-{seed}",
-            f"run.seed={seed}",
-            "run.resume=auto",
-        ]
+        path = str(task.folder.path).replace("'", "''")  # as in YAML
+        run = [f"run.dir='{path}'", f"run.name={name.replace('=', '-').replace(',', '.')}.seed-{seed}"]
+        run += [f"run.seed={seed}", "run.resume=auto"]
         with self._folder.log(name, seed).open("ab") as log:
             self._wait_for_orphan(log, task)
             started = time.perf_counter()
             with self._lock:
                 if self._stopping or task.is_finished:
                     return
+                command = [*self._command, str(self._folder.config(name)), *run]
                 process = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment)
                 self._running[task] = process
             code = process.wait()
@@ -146,22 +129,16 @@ class AblationRunner:
                 self._folder.write_results(self._exit_codes)
 
     def _wait_for_orphan(self, log: IO[bytes], task: Task) -> None:
-        """Wait for a run that outlived a killed ablation: it inherited the lock of its log."""
-        is_told = False
-        while not self._stopping:
-            try:
-                fcntl.flock(log.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if not is_told:
-                    print(
-                        f"{task.name}: is being trained by another process, which is waited for", flush=True
-                    )
-                is_told = True
-                time.sleep(0.5)
+        """Wait for a run that outlived a killed ablation: it still holds the lock of its log."""
+        is_announced = False
+        while not self._stopping and not try_lock(log.fileno()):
+            if not is_announced:
+                print(f"{task.name}: waiting for another process that is training it", flush=True)
+            is_announced = True
+            time.sleep(0.5)
 
     def _progress(self) -> str:
-        """How far the ablation is."""
+        """Share of the FLOPs that is done, time left, and the steps of the running runs."""
         with self._lock:
             running = list(self._running)
         total, done = sum(task.flops(task.cell.config.train.steps) for task in self._tasks), self._flops()
@@ -171,7 +148,7 @@ class AblationRunner:
         return f"{done / total:.0%}{left}; {steps}"
 
     def _stop(self) -> None:
-        """Let the runs save, and start no more."""
+        """Tell the runs to save and stop, and start no more."""
         self._stopping = True
         with self._lock:
             for process in self._running.values():
@@ -179,8 +156,3 @@ class AblationRunner:
 
     def _flops(self) -> float:
         return sum(task.flops(task.step) for task in self._tasks)
-
-
-def _quoted(text: str) -> str:
-    """Text as YAML that stays this text."""
-    return "'" + text.replace("'", "''") + "'"

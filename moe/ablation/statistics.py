@@ -8,22 +8,19 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-_LARGEST = 1e15  # parameters; what is beyond is noise
+_LARGEST = 1e15  # parameters; a larger equivalent size is only noise
 
 
 class Interval(NamedTuple):
-    """An estimate with its 95 % interval; `low` and `high` are None where a single seed tells no spread."""
+    """An estimate with its 95 % confidence interval. `low` and `high` are None with a single seed."""
 
     mean: float
     low: float | None
     high: float | None
 
-
-def with_bounds(value: Interval) -> str:
-    """Four digits, and the bounds where there are any."""
-    if value.low is None or value.high is None:
-        return f"{value.mean:+.4f}"
-    return f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}]"
+    def __str__(self) -> str:
+        bounds = "" if self.low is None else f" [{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.mean:+.4f}{bounds}"
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -36,39 +33,32 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def paired_difference(runs: Mapping[int, float], baseline: Mapping[int, float]) -> Interval:
-    """Mean of `runs - baseline` over the seeds that both have, with the interval of the paired t-test."""
+    """Mean of `runs - baseline` over their common seeds, with the interval of the paired t-test."""
     return mean_interval([runs[seed] - baseline[seed] for seed in sorted(runs.keys() & baseline.keys())])
 
 
 class PowerLaw(NamedTuple):
-    """`y = scale * x ** exponent`, by least squares of logarithms.
+    """`y = scale * x ** exponent`, a least-squares fit of the logarithms, averaged over seeds."""
 
-    Attributes:
-        exponent: mean of the seeds' own, with the interval over seeds.
-        scale: of the fit to the mean over seeds of log y, whose exponent is the mean one.
-        residuals: of log y, of that fit, in the order of x.
-    """
-
-    exponent: Interval
+    exponent: Interval  # with the interval over seeds
     scale: float
-    residuals: tuple[float, ...]
+    residuals: tuple[float, ...]  # of the mean over seeds of log y, in the order of x
 
     @property
     def may_be_flat(self) -> bool:
-        """Whether the exponent is not below zero beyond doubt; one seed leaves doubt."""
+        """Whether the exponent is not significantly below zero; always true with a single seed."""
         return self.exponent.high is None or self.exponent.high >= 0
 
 
 def fit_power_law(x: Sequence[float], losses: Sequence[Mapping[int, float]]) -> PowerLaw | None:
-    """Fit losses by seed at two or more x, over the seeds that all of them have; None where there is none.
+    """Fit losses by seed at two or more x, over their common seeds; None if there is no common seed.
 
-    Seeds, not points, are what the interval counts: the points of one seed share its luck.
+    The interval is over seeds, not over points, because the points of one seed are not independent.
     """
-    seeds = sorted(set.intersection(*(set(some) for some in losses)))
+    seeds = sorted(set.intersection(*map(set, losses)))
     if not seeds:
         return None
-    log_x = np.log(x)
-    log_y = np.log([[some[seed] for some in losses] for seed in seeds])
+    log_x, log_y = np.log(x), np.log([[some[seed] for some in losses] for seed in seeds])
     fits: list[Any] = [stats.linregress(log_x, of_seed) for of_seed in log_y]
     exponent = mean_interval([float(fit.slope) for fit in fits])
     intercept = float(np.mean([fit.intercept for fit in fits]))
@@ -77,31 +67,23 @@ def fit_power_law(x: Sequence[float], losses: Sequence[Mapping[int, float]]) -> 
 
 
 def equivalent_size(runs: Mapping[int, float], dense: Mapping[int, Mapping[int, float]]) -> Interval | None:
-    """Parameters of the dense model of the same loss as `runs`, seed by seed, averaged as logarithms.
+    """Parameters of the dense model with the same loss as `runs`, from a power law fitted to each seed.
 
-    Args:
-        runs: loss by seed.
-        dense: of each dense size, loss by seed.
-
-    Returns:
-        Over the seeds that all sizes have. None where there is no such seed, or less than two sizes, or a
-        seed whose loss does not fall with size, or so slowly that it gives no size between 1 and `_LARGEST`:
-        without it, the others would be chosen by their outcome.
+    `runs` maps seeds to losses, and so does `dense` for each dense size. The result is the geometric mean over
+    the seeds that all of them have in common. It is None if there are fewer than two sizes or no such seed,
+    or if for any seed the loss does not fall with size or the equivalent size is not between 1 and
+    `_LARGEST`, because leaving out only that seed would select seeds by their outcome.
     """
-    seeds = runs.keys() & set.intersection(*(set(losses) for losses in dense.values())) if dense else set()
-    sizes = []
-    for seed in sorted(seeds):
-        of_seed = [{seed: losses[seed]} for losses in dense.values()]
-        law = fit_power_law(list(dense), of_seed) if len(dense) > 1 else None
+    if len(dense) < 2:
+        return None
+    log_sizes = []
+    for seed in sorted(runs.keys() & set.intersection(*map(set, dense.values()))):
+        law = fit_power_law(list(dense), [{seed: losses[seed]} for losses in dense.values()])
         if law is None or law.exponent.mean >= 0:
             return None
-        log_size = math.log(runs[seed] / law.scale) / law.exponent.mean
-        if not 0 < log_size < math.log(_LARGEST):
-            return None
-        sizes.append(log_size)
-    if not sizes:
+        log_sizes.append(math.log(runs[seed] / law.scale) / law.exponent.mean)
+    if not log_sizes or min(log_sizes) <= 0 or max(log_sizes) >= math.log(_LARGEST):
         return None
-    mean, low, high = mean_interval(sizes)
-    return Interval(
-        math.exp(mean), None if low is None else math.exp(low), None if high is None else math.exp(high)
-    )
+    mean, low, high = mean_interval(log_sizes)
+    bounds = (None if bound is None else math.exp(bound) for bound in (low, high))
+    return Interval(math.exp(mean), *bounds)

@@ -13,39 +13,25 @@ HOUR = 3600.0
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training run takes, or took. None where a rate that it needs is not known.
+    """Cost of a training run. Values are None if a rate that they need is unknown."""
 
-    Attributes:
-        flops: floating-point operations that the model needed, nothing counted twice.
-        device_hours: processors times hours.
-        hardware_burden_flops: processors x peak rate x time, what they could have done (Thompson).
-        utilisation: `flops / hardware_burden_flops`; MFU over the whole run.
-        usd: price of the device hours.
-        kwh: electricity, with the data centre's overhead (PUE).
-        tco2e: tonnes of CO2 equivalent of that electricity.
-    """
-
-    flops: float
+    flops: float  # of the model, without recomputation
     device_hours: float
-    hardware_burden_flops: float | None
-    utilisation: float | None
-    usd: float | None
-    kwh: float | None
-    tco2e: float | None
+    hardware_burden_flops: float | None  # devices x peak rate x time: what they could have done (Thompson)
+    utilisation: float | None  # flops / hardware_burden_flops, the MFU over the whole run
+    usd: float | None  # price of the device hours
+    kwh: float | None  # electricity, including the overhead of the data center (PUE)
+    tco2e: float | None  # metric tons of CO2 equivalent of that electricity
 
 
 def training_cost(flops: float, device_s: float, gpu: GPU | None, rates: CostConfig) -> Cost:
-    """Cost of `flops` done in `device_s`.
+    """Cost of a run of `flops` that took `device_s`, seconds times the number of GPUs (or CPU processes).
 
-    Args:
-        flops: FLOPs of the whole run.
-        device_s: seconds times GPUs, or CPU processes.
-        gpu: what they are; None: unknown.
-        rates: the section `cost` of the configuration; what it names goes before the GPU's own figures.
+    `rates`, the section `cost` of the configuration, override the GPU's values; `gpu` is None if unknown.
     """
-    peak = rates.peak_flops or (gpu.peak_flops if gpu else None)
-    watts = rates.watts or (gpu.watts if gpu else None)
-    price = rates.usd_per_hour if rates.usd_per_hour is not None else (gpu.usd_per_hour if gpu else None)
+    peak = rates.peak_flops or (gpu and gpu.peak_flops)
+    watts = rates.watts or (gpu and gpu.watts)
+    price = rates.usd_per_hour if rates.usd_per_hour is not None else (gpu and gpu.usd_per_hour)
     hours = device_s / HOUR
     burden = None if peak is None else device_s * peak
     kwh = None if watts is None else hours * watts * rates.pue / 1000
@@ -53,7 +39,7 @@ def training_cost(flops: float, device_s: float, gpu: GPU | None, rates: CostCon
         flops=flops,
         device_hours=hours,
         hardware_burden_flops=burden,
-        utilisation=None if not burden else flops / burden,
+        utilisation=flops / burden if burden else None,
         usd=None if price is None else hours * price,
         kwh=kwh,
         tco2e=None if kwh is None else kwh * rates.kg_co2e_per_kwh / 1000,
@@ -61,5 +47,5 @@ def training_cost(flops: float, device_s: float, gpu: GPU | None, rates: CostCon
 
 
 def projected_cost(flops: float, mfu: float, gpu: GPU, rates: CostConfig) -> Cost:
-    """Cost of a run that reaches the utilisation `mfu`; the others as in `training_cost`."""
+    """Cost of a run with the utilization `mfu`. For the other arguments see `training_cost`."""
     return training_cost(flops, flops / (mfu * (rates.peak_flops or gpu.peak_flops)), gpu, rates)

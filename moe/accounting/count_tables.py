@@ -1,4 +1,4 @@
-"""The tables of `scripts/count.py`: models, their parts and layers, their cost, and where they fit."""
+"""The tables that `scripts/count.py` prints: models, parts, layers, cost and placements."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,22 +6,18 @@ from typing import Any
 from moe.accounting.counts import PARTS, ModelCounts
 from moe.tables import plain, short
 
-SHOWN = 8  # placements, best first
+SHOWN = 8  # placements in the table, best first
 
 
 def overview_rows(models: Sequence[ModelCounts]) -> Iterator[list[str]]:
-    """A row per model."""
+    """Two rows of headings, then one row per model."""
     yield ["", "parameters", "active", "no input", "no", "total /", "GFLOP", "GFLOP"]
     yield ["model", "total", "all", "embedding", "embeddings", "active", "forward", "training"]
     for model in models:
         counts = (model.total, model.active_all, model.active_no_input_emb, model.active_no_emb)
-        flops = (model.flops_per_token_forward, model.flops_per_token_train)
-        yield [
-            model.name,
-            *(f"{number:,}" for number in counts),
-            f"{model.sparsity:.2f}",
-            *(f"{number / 1e9:,.4g}" for number in flops),
-        ]
+        sizes = [f"{number:,}" for number in counts]
+        flops = [f"{n / 1e9:,.4g}" for n in (model.flops_per_token_forward, model.flops_per_token_train)]
+        yield [model.name, *sizes, f"{model.sparsity:.2f}", *flops]
 
 
 def part_rows(model: ModelCounts) -> Iterator[list[str]]:
@@ -38,7 +34,7 @@ def part_rows(model: ModelCounts) -> Iterator[list[str]]:
 
 
 def layer_lines(model: ModelCounts) -> Iterator[str]:
-    """The parameters of each layer, where layers differ."""
+    """The parameters of each layer, if the layers differ."""
     kinds, first = model.layer_kinds(), 0
     for number, parts in kinds if len(kinds) > 1 else []:
         name = f"layer {first}" if number == 1 else f"layers {first} to {first + number - 1}, each"
@@ -48,7 +44,7 @@ def layer_lines(model: ModelCounts) -> Iterator[str]:
 
 
 def cost_rows(record: dict[str, Any]) -> Iterator[list[str]]:
-    """Time, money and energy, of a record as `scripts/count.py --json` prints it."""
+    """Time, money and energy of a record in the format of `scripts/count.py --json`."""
     cost = record["cost"]
     yield ["training tokens", short(record["tokens"])]
     yield ["FLOPs of the model", f"{cost['flops']:.3g}"]
@@ -62,16 +58,17 @@ def cost_rows(record: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def placement_rows(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    """The configuration's own placement and the best ones; what a GPU holds and sends in a step, in GiB."""
+    """The configuration's own placement, then the best ones: GiB that a GPU holds, and sends in a step."""
     parts = [part for part in found[0]["memory"] if part != "peak"]
     yield ["", "fits", "ep_size", "ZeRO", "recompute", "peak", *parts, "sent"]
     own = [place for place in found if place["yours"]]
     for place in [*own, *(place for place in found[:SHOWN] if not place["yours"])]:
         sizes = [place["memory"][part] for part in ("peak", *parts)] + [place["communication"]["total"]]
-        yield [
-            "config" if place["yours"] else "",
-            "yes" if place["fits"] else "no",
-            *(str(place["ep_size"]), str(place["zero_stage"])),
-            "yes" if place["activation_checkpointing"] else "no",
-            *(f"{size / 2**30:,.2f}" for size in sizes),
-        ]
+        in_gib = [f"{size / 2**30:,.2f}" for size in sizes]
+        yield ["config" if place["yours"] else "", *placement_cells(place), *in_gib]
+
+
+def placement_cells(place: dict[str, Any]) -> list[str]:
+    """Cells of a placement's record: whether it fits, `ep_size`, ZeRO stage, whether it recomputes."""
+    fits, recomputes = ("yes" if place[key] else "no" for key in ("fits", "activation_checkpointing"))
+    return [fits, str(place["ep_size"]), str(place["zero_stage"]), recomputes]

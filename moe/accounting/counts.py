@@ -1,69 +1,58 @@
-"""What a model is, as integers from its configuration: parameters and FLOPs by part; nothing is built.
+"""Parameters and FLOPs of a model by part, as exact integers from its configuration; no model is built.
 
-Conventions: a matrix of n weights takes 2 n FLOPs per token forward and 4 n backward; embeddings are looked
-up for free; norms, softmax, rotary positions and the weighted sum over a token's experts are not counted,
-after Kaplan et al. 2020, table 1. Attention is causal: a position meets (S + 1) / 2 keys on average.
+Conventions, after Kaplan et al. 2020, table 1: a matrix of n weights takes 2 n FLOPs per token in the forward
+pass and 4 n in the backward pass. Embedding lookups, norms, softmax, rotary embeddings and the weighted sum
+over a token's experts are not counted. Attention is causal: a query attends to (S + 1) / 2 keys on average.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from moe.config import Config, ModelConfig
+from moe.config import Config
 
-PARTS = (
-    "embedding",
-    "attention",
-    "norms",
-    "dense_blocks",
-    "router",
-    "routed_experts",
-    "shared_experts",
-    "other",
-    "head",
-)
+PARTS = (  # in the order of all tables
+    "embedding", "attention", "norms", "dense_blocks",
+    "router", "routed_experts", "shared_experts", "other", "head",
+)  # fmt: skip
+_RECORDED = (
+    "name", "total", "active_all", "active_no_input_emb", "active_no_emb", "sparsity", "by_part", "layers",
+    "seq_len", "flops_per_token_forward", "flops_per_token_train", "flops_per_token_recompute",
+    "flops_by_part",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """Counts of one architecture.
-
-    Attributes:
-        name: for people.
-        seq_len: tokens per sequence, to which the attention FLOPs belong.
-        by_part: parameters of each part that there is, all experts included; a subset of `PARTS`.
-        idle: parameters of routed experts that one token does not meet.
-        flops_by_part: FLOPs per token of the forward pass, active experts only.
-        layers: parameters of each layer by part, first layer first; with embedding, head and final norm, they
-            make up `by_part`.
-    """
+    """Parameters and FLOPs of one model. The parts are those of `PARTS` that the model has."""
 
     name: str
-    seq_len: int
-    by_part: dict[str, int]
-    idle: int
-    flops_by_part: dict[str, int]
-    layers: tuple[dict[str, int], ...] = field(default=())
+    seq_len: int  # tokens per sequence, on which the attention FLOPs depend
+    by_part: dict[str, int]  # parameters, all experts included
+    idle: int  # parameters of the routed experts that a token is not sent to
+    flops_by_part: dict[str, int]  # forward FLOPs per token, active experts only
+    layers: tuple[dict[str, int], ...]  # parameters by part of each layer; not embedding, head, final norm
 
     @property
     def total(self) -> int:
-        """Every parameter; a tied embedding once."""
+        """All parameters; a tied embedding counts once."""
         return sum(self.by_part.values())
 
     @property
     def active_all(self) -> int:
-        """Parameters that one token meets, both embeddings included."""
+        """Parameters that one token uses, both embeddings included."""
         return self.total - self.idle
 
     @property
     def active_no_input_emb(self) -> int:
-        """`active_all` without the input embedding; a tied one is counted nowhere then."""
+        """`active_all` without the input embedding. A tied embedding is then not counted at all."""
         return self.active_all - self.by_part["embedding"]
 
     @property
     def active_no_emb(self) -> int:
-        """`active_all` without input embedding and output head."""
+        """`active_all` without the input embedding and the output head."""
         return self.active_no_input_emb - self.by_part.get("head", 0)
 
     @property
@@ -73,43 +62,30 @@ class ModelCounts:
 
     @property
     def flops_per_token_forward(self) -> int:
-        """Of one token in a sequence of `seq_len`."""
+        """Forward FLOPs of one token in a sequence of `seq_len`."""
         return sum(self.flops_by_part.values())
 
     @property
     def flops_per_token_train(self) -> int:
-        """Forward and backward, nothing computed twice. Utilisation (MFU) is measured in these."""
+        """Forward and backward FLOPs without recomputation, as used for model FLOPs utilization (MFU)."""
         return 3 * self.flops_per_token_forward
 
     @property
     def flops_per_token_recompute(self) -> int:
-        """Forward and backward with activation checkpointing: every block runs forward once more.
+        """Forward and backward FLOPs with activation checkpointing, where every block runs forward twice.
 
-        Of a dense block torch may leave out the last product, which nothing needs.
+        PyTorch may skip the last product of a recomputed dense block, because nothing needs its result.
         """
         return self.flops_per_token_train + self.flops_per_token_forward - self.flops_by_part.get("head", 0)
 
     def layer_kinds(self) -> list[tuple[int, dict[str, int]]]:
-        """Runs of equal layers from the first on: how many, and the parameters of each one."""
-        return [(len(list(run)), parts) for parts, run in groupby(self.layers)]
+        """Groups of consecutive equal layers: the number of layers and the parameters of each one."""
+        return [(len(list(group)), parts) for parts, group in groupby(self.layers)]
 
     def record(self) -> dict[str, Any]:
-        """All of it for JSON."""
-        return {
-            "name": self.name,
-            "total": self.total,
-            "active_all": self.active_all,
-            "active_no_input_emb": self.active_no_input_emb,
-            "active_no_emb": self.active_no_emb,
-            "sparsity": self.sparsity,
-            "by_part": self.by_part,
-            "layers": [{"layers": number, "each": parts} for number, parts in self.layer_kinds()],
-            "seq_len": self.seq_len,
-            "flops_per_token_forward": self.flops_per_token_forward,
-            "flops_per_token_train": self.flops_per_token_train,
-            "flops_per_token_recompute": self.flops_per_token_recompute,
-            "flops_by_part": self.flops_by_part,
-        }
+        """All counts as plain values for JSON."""
+        layers = [{"layers": number, "each": parts} for number, parts in self.layer_kinds()]
+        return {name: getattr(self, name) for name in _RECORDED} | {"layers": layers}
 
 
 def count_parameters(config: Config) -> ModelCounts:
@@ -118,42 +94,34 @@ def count_parameters(config: Config) -> ModelCounts:
     Raises:
         ConfigError: `model.vocab_size` is null.
     """
-    model, moe = config.model, config.moe
+    model, moe, seq_len = config.model, config.moe, config.data.seq_len
     layers = tuple(_count_layer(config, layer) for layer in range(model.n_layers))
     embedding = config.vocab_size * model.d_model
-    by_part = Counter(embedding=embedding, norms=model.d_model, head=0 if model.tie_embeddings else embedding)
+    sizes = Counter(embedding=embedding, norms=model.d_model, head=0 if model.tie_embeddings else embedding)
     for layer in layers:
-        by_part.update(layer)
-    idle = by_part["routed_experts"] * (moe.num_experts - moe.top_k) // moe.num_experts
-    matrices = Counter({part: 2 * by_part[part] for part in by_part if part not in ("embedding", "norms")})
-    matrices["head"] = 2 * embedding  # it multiplies, tied or not
-    matrices["routed_experts"] -= 2 * idle
-    scores = model.n_layers * causal_attention_flops(
-        model.n_heads, model.head_dim, model.head_dim, config.data.seq_len
-    )
-    return ModelCounts(
-        config.run.name,
-        config.data.seq_len,
-        {part: by_part[part] for part in PARTS if by_part[part]},
-        idle,
-        {part: matrices[part] + (scores if part == "attention" else 0) for part in PARTS if matrices[part]},
-        layers,
-    )
+        sizes.update(layer)
+    idle = sizes["routed_experts"] * (moe.num_experts - moe.top_k) // moe.num_experts
+    flops = Counter({part: 2 * size for part, size in sizes.items() if part not in ("embedding", "norms")})
+    flops["head"] = 2 * embedding  # a tied head has no parameters of its own, but it multiplies
+    flops["routed_experts"] -= 2 * idle
+    # Scores and weighted values take 4 FLOPs per dimension of a head and key, with (S + 1) / 2 keys.
+    flops["attention"] += model.n_layers * model.n_heads * 2 * model.head_dim * (seq_len + 1)
+    return ModelCounts(config.run.name, seq_len, in_order(sizes), idle, in_order(flops), layers)
 
 
-def causal_attention_flops(n_heads: int, qk_dim: int, v_dim: int, seq_len: int) -> int:
-    """Scores and weighted values of one layer, forward, per token: `2 H (Q + V)` FLOPs per key met."""
-    return n_heads * (qk_dim + v_dim) * (seq_len + 1)
+def in_order(numbers: Mapping[str, int]) -> dict[str, int]:
+    """The numbers other than 0, in the order of `PARTS`."""
+    return {part: numbers[part] for part in PARTS if numbers.get(part)}
 
 
 def _count_layer(config: Config, layer: int) -> dict[str, int]:
     model, moe = config.model, config.moe
     expert = 3 * model.d_model * moe.d_ff_expert
     heads = 2 * model.n_heads + 2 * model.n_kv_heads  # query, key, value, output
-    parts = {
-        "attention": heads * model.d_model * model.head_dim,
-        "norms": 2 * model.d_model + qk_norms(model),
-    }
+    norms = 2 * model.d_model
+    if model.qk_norm:
+        norms += (2 if model.qk_norm_scope == "head" else model.n_heads + model.n_kv_heads) * model.head_dim
+    parts = {"attention": heads * model.d_model * model.head_dim, "norms": norms}
     if layer not in config.moe_layers:
         return parts | {"dense_blocks": 3 * model.d_model * model.d_ff}
     if moe.is_dense:
@@ -163,10 +131,3 @@ def _count_layer(config: Config, layer: int) -> dict[str, int]:
         "routed_experts": moe.num_experts * expert,
         "shared_experts": moe.num_shared_experts * expert,
     }
-
-
-def qk_norms(model: ModelConfig) -> int:
-    """Weights of the norms of queries and keys in one layer."""
-    if not model.qk_norm:
-        return 0
-    return (2 if model.qk_norm_scope == "head" else model.n_heads + model.n_kv_heads) * model.head_dim

@@ -5,32 +5,24 @@ from dataclasses import dataclass
 
 from moe.config import ConfigError
 
-GB = 2**30  # what is sold as 80 GB is 80 GiB, but for what error correction and the driver take
+GB = 2**30  # a GPU sold with 80 GB has 80 GiB, less what error correction and the driver take
 
 
 @dataclass(frozen=True)
 class GPU:
-    """A processor, from its data sheet.
+    """A GPU, with figures from its data sheet."""
 
-    Attributes:
-        name: words that torch's name of the device contains.
-        peak_flops: dense bf16 FLOP/s (fp16 for the V100), without structured sparsity.
-        memory: bytes.
-        bandwidth: of the memory, bytes/s.
-        watts: thermal design power.
-        usd_per_hour: a common price to rent one, or None where we have no source.
-    """
-
-    name: str
-    peak_flops: float
-    memory: int
-    bandwidth: float
-    watts: float
-    usd_per_hour: float | None
+    name: str  # words that PyTorch's name of the device contains
+    peak_flops: float  # dense bf16 FLOP/s (fp16 for the V100), without structured sparsity
+    memory: int  # bytes
+    bandwidth: float  # of the memory, bytes/s
+    watts: float  # thermal design power
+    usd_per_hour: float | None  # a common rental price, None if we have no source for one
 
 
-# From the makers' data sheets. Prices: the middle of specialised clouds' range in May 2026 (mercatus-ai.com,
-# Cloud GPU pricing); of the V100, Lambda's in its estimate of GPT-3's cost in 2020. Vendors differ fivefold.
+# From the vendors' data sheets. Prices: the middle of the range of specialized clouds in May 2026
+# (mercatus-ai.com, Cloud GPU pricing); for the V100, the price in Lambda's estimate of GPT-3's cost in 2020.
+# The most expensive cloud charges five times as much as the cheapest.
 GPUS = (
     GPU("V100", 125e12, 32 * GB, 0.90e12, 300, 1.50),
     GPU("A100 40GB", 312e12, 40 * GB, 1.555e12, 400, None),
@@ -49,19 +41,18 @@ GPU_NAMES = ", ".join(gpu.name for gpu in GPUS)
 
 
 def find_gpu(device: str | None) -> GPU | None:
-    """The GPU that torch's name (`NVIDIA H100 80GB HBM3`) or the user's (`h100`) means, or None."""
+    """Find a GPU by PyTorch's name (`NVIDIA H100 80GB HBM3`) or by the user's (`h100`); None if unknown."""
     words = set(re.split(r"[\s-]+", (device or "").lower()))
     known = [gpu for gpu in GPUS if set(gpu.name.lower().split()) <= words]
     return max(known, key=lambda gpu: len(gpu.name.split()), default=None)
 
 
 def named_gpu(key: str, name: str) -> GPU:
-    """The GPU that a user names.
+    """Find the GPU that a user names.
 
     Raises:
-        ConfigError: under `key`, with the names that are known.
+        ConfigError: the GPU is unknown; the message starts with `key` and lists the known names.
     """
-    gpu = find_gpu(name)
-    if gpu is None:
+    if (gpu := find_gpu(name)) is None:
         raise ConfigError(key, f"{name!r} is not known; use one of {GPU_NAMES}")
     return gpu

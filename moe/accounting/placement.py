@@ -1,4 +1,4 @@
-"""Which topologies fit a GPU, and which of them is best."""
+"""Which parallel layouts fit a GPU, best first."""
 
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -8,12 +8,12 @@ from moe.accounting.communication import Communication, estimate_communication
 from moe.accounting.memory import Memory, estimate_memory
 from moe.config import Config
 
-USABLE = 0.9  # of a GPU's memory: the rest is for its context, its libraries and fragmentation
+USABLE = 0.9  # of a GPU's memory; the rest is left for its context, libraries and fragmentation
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One way to put a run on GPUs."""
+    """One way to place a run on GPUs."""
 
     ep_size: int
     zero_stage: Literal[1, 2]
@@ -23,44 +23,35 @@ class Placement:
     fits: bool
 
     def record(self) -> dict[str, Any]:
-        """All of it for JSON; bytes."""
-        sums = {"memory": {"peak": self.memory.peak, **self.memory.by_part()}}
-        return (
-            asdict(self)
-            | sums
-            | {"communication": {"total": self.communication.total, **asdict(self.communication)}}
-        )
+        """All values for JSON, sizes in bytes."""
+        memory = {"peak": self.memory.peak, **self.memory.by_part()}
+        communication = {"total": self.communication.total, **asdict(self.communication)}
+        return asdict(self) | {"memory": memory, "communication": communication}
 
 
 def placements(config: Config, world_size: int, memory_bytes: int) -> list[Placement]:
-    """Every `ep_size`, ZeRO stage and activation checkpointing on so many ranks, best first.
+    """All combinations of `ep_size`, ZeRO stage and activation checkpointing, best first.
 
-    Those that fit come first; of them those that compute nothing twice, then those that send the least, then
-    those that leave the most memory free. The last ones come with the least memory first.
-
-    Args:
-        config: its micro batch, sequence length and precision are kept.
-        world_size: GPUs.
-        memory_bytes: of one GPU; `USABLE` of it counts.
+    Placements that fit into `USABLE` of a GPU's memory come first; of these, placements without recomputation,
+    then those with the fewest bytes sent, then those with the lowest peak memory. Placements that do not fit
+    are ordered by peak memory. Everything else is as in the configuration.
     """
     found = []
     largest = 1 if config.train.compile else min(world_size, config.moe.num_experts)
-    for ep_size in range(1, largest + 1):
+    for ep_size, zero_stage, checkpointing in product(range(1, largest + 1), (1, 2), (False, True)):
         if world_size % ep_size or config.moe.num_experts % ep_size:
             continue
-        for zero_stage, checkpointing in product((1, 2), (False, True)):
-            parallel = config.parallel.model_copy(update={"ep_size": ep_size, "zero_stage": zero_stage})
-            train = config.train.model_copy(update={"activation_checkpointing": checkpointing})
-            variant = config.model_copy(update={"parallel": parallel, "train": train})
-            memory = estimate_memory(variant, world_size, "cuda")
-            communication = estimate_communication(variant, world_size)
-            fits = memory.peak <= USABLE * memory_bytes
-            found.append(Placement(ep_size, zero_stage, checkpointing, memory, communication, fits))
-    return sorted(
-        found,
-        key=lambda place: (
-            (0, place.activation_checkpointing, place.communication.total, place.memory.peak)
-            if place.fits
-            else (1, place.memory.peak)
-        ),
-    )
+        parallel = config.parallel.model_copy(update={"ep_size": ep_size, "zero_stage": zero_stage})
+        train = config.train.model_copy(update={"activation_checkpointing": checkpointing})
+        variant = config.model_copy(update={"parallel": parallel, "train": train})
+        memory = estimate_memory(variant, world_size, "cuda")
+        communication = estimate_communication(variant, world_size)
+        fits = memory.peak <= USABLE * memory_bytes
+        found.append(Placement(ep_size, zero_stage, checkpointing, memory, communication, fits))
+
+    def rank(place: Placement) -> tuple[float, ...]:
+        if not place.fits:
+            return 1, place.memory.peak
+        return 0, place.activation_checkpointing, place.communication.total, place.memory.peak
+
+    return sorted(found, key=rank)

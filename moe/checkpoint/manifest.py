@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what lies in which shard, and whether that is still true."""
+"""The manifest of a checkpoint: which elements lie in which shard, and checks that they still do."""
 
 import hashlib
 import json
@@ -77,9 +77,8 @@ def merge(step: int, config: dict[str, Any], info: dict[str, Any], written: list
     for part in written:
         shards |= part.shards
         for kind, name, shape, piece in part.places:
-            tensors.setdefault(kind, {}).setdefault(name, TensorEntry(shape=shape, pieces=[])).pieces.append(
-                piece
-            )
+            named = tensors.setdefault(kind, {})
+            named.setdefault(name, TensorEntry(shape=shape, pieces=[])).pieces.append(piece)
     parallel = config.get("parallel", {})
     writer = {"world_size": len(written)} | {k: parallel[k] for k in _WRITER_KEYS if k in parallel}
     seed = config.get("run", {}).get("seed")
@@ -98,7 +97,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read it back.
 
     Raises:
-        CheckpointError: it is not what was written.
+        CheckpointError: it is damaged.
         OSError: it cannot be read at all.
     """
     _check_plain(path)
@@ -117,7 +116,7 @@ def check_shards(path: Path, manifest: Manifest) -> None:
     """The folder holds the shards of the manifest, plain files of the right sizes, and nothing else."""
     for name, shard in manifest.shards.items():
         if not _SHARD_NAME.fullmatch(name):
-            raise CheckpointError(f"manifest.json names a file that is no shard: {name!r}")
+            raise CheckpointError(f"manifest.json names a file that is not a shard: {name!r}")
         _check_plain(path / name)
         if (size := (path / name).stat().st_size) != shard.bytes:
             raise CheckpointError(f"{name} has {size} bytes instead of {shard.bytes}")
@@ -133,7 +132,7 @@ def check_pieces(manifest: Manifest) -> None:
             place = 0
             for piece in sorted(tensor.pieces, key=lambda piece: piece.start):
                 if piece.shard not in manifest.shards:
-                    raise CheckpointError(f"{kind}: {name} is in {piece.shard!r}, which is no shard")
+                    raise CheckpointError(f"{kind}: {name} is in {piece.shard!r}, which is not a shard")
                 if piece.start != place:
                     raise CheckpointError(f"{kind}: {name} has a gap or overlap at element {place}")
                 place += piece.numel
@@ -151,7 +150,7 @@ def check_content(path: Path, manifest: Manifest, rank: int, num_ranks: int) -> 
 
 
 def _check_plain(path: Path) -> None:
-    """Neither a link to elsewhere nor a pipe that would block whoever reads it."""
+    """Refuse links, and pipes, which would block their reader."""
     mode = path.lstat().st_mode
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path.name} is {'a link' if stat.S_ISLNK(mode) else 'no plain file'}")

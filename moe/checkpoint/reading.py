@@ -19,7 +19,7 @@ from moe.checkpoint import manifest as manifests
 from moe.checkpoint.manifest import CheckpointError, TensorEntry
 from moe.distributed.agreement import on_all_ranks, rank_and_size
 
-_READ_ELEMENTS = 2**20  # of a shard that are in memory beside the tensor that is read
+_READ_ELEMENTS = 2**20  # of a shard that are in memory in addition to the tensor that is read
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -31,7 +31,7 @@ class Checkpoint:
         path: its folder.
         step: optimizer steps taken when it was saved.
         config: of the run that saved it.
-        info: what the writer put in beside the tensors: the data's fingerprint, the seconds so far.
+        info: what the writer stored with the tensors: the fingerprint of the data, the seconds so far.
         tensors: kind -> name -> where its elements are.
     """
 
@@ -54,9 +54,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {kind}: missing {missing[:3]}, unexpected {extra[:3]}")
         for name, shape in expected.items():
             if tuple(found[name].shape) != tuple(shape):
-                raise CheckpointError(
-                    f"{self.path}: {kind}: {name} is {tuple(found[name].shape)}, not {tuple(shape)}"
-                )
+                shapes = f"{tuple(found[name].shape)}, not {tuple(shape)}"
+                raise CheckpointError(f"{self.path}: {kind}: {name} is {shapes}")
 
     def read(self, kind: str, name: str, start: int = 0, numel: int | None = None) -> Tensor:
         """Consecutive elements of a flattened tensor, and nothing else of it, from disk.
@@ -106,8 +105,7 @@ def open_checkpoint(folder: Path, step: int, check_content: bool) -> Checkpoint:
     Args:
         folder: the run's `checkpoints/`.
         step: which one.
-        check_content: also compare the shards with their checksums; where there are several ranks, each a
-            share of them.
+        check_content: also compare the shards with their checksums, each rank a share of them.
 
     Raises:
         CheckpointError: it is damaged.
@@ -130,7 +128,7 @@ def open_checkpoint(folder: Path, step: int, check_content: bool) -> Checkpoint:
 def newest_checkpoint(folder: Path, check_content: bool = True) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is not damaged, and one warning for each newer one that is.
 
-    Where there are several ranks, all of them call this and come to the same answer.
+    Every rank has to call this, and all get the same answer.
 
     Raises:
         RunError: the file system fails.

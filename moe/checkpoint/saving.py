@@ -62,7 +62,7 @@ def save_checkpoint(
         step: optimizer steps taken.
         fragments: what this rank owns; over all ranks, each element of the state once.
         config: of the run.
-        info: JSON values to keep beside the tensors.
+        info: JSON values to store with the tensors.
         keep: how many checkpoints stay.
 
     Raises:
@@ -137,9 +137,7 @@ def _write_shards(scratch: Path, rank: int, fragments: Iterable[Fragment]) -> Wr
 
 
 def _publish(scratch: Path, final: Path, manifest: Manifest) -> None:
-    manifests.check_shards(
-        scratch, manifest
-    )  # a rank may have written to a file system that this one does not see
+    manifests.check_shards(scratch, manifest)  # a rank may have written to another file system
     manifests.check_pieces(manifest)
     manifests.write_manifest(scratch / "manifest.json", manifest)
     _flush(scratch / "manifest.json")

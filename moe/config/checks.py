@@ -1,23 +1,14 @@
 """Checks that involve several keys of the configuration, each with the key to change and the fix."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from moe.config.schema import Config
+from moe.config.sections import DataConfig, ModelConfig, MoEConfig, OptimConfig, ParallelConfig, TrainConfig
 
 Conflict = tuple[str, str]  # the dotted key to change; what is wrong, and the fix
 
 
-def conflicts(config: "Config") -> Iterator[Conflict]:
-    """Every pair of keys that do not go together, the most basic ones first."""
-    yield from _in_the_model(config)
-    yield from _in_the_experts(config)
-    yield from _in_the_training(config)
-
-
-def _in_the_model(config: "Config") -> Iterator[Conflict]:
-    model = config.model
+def model_conflicts(model: ModelConfig, data: DataConfig) -> Iterator[Conflict]:
+    """Widths that do not divide, and samples that are too long."""
     if "head_dim" not in model.model_fields_set and model.d_model % model.n_heads:
         fix = "choose a divisor or set model.head_dim"
         yield "model.n_heads", f"{model.n_heads} does not divide model.d_model ({model.d_model}); {fix}"
@@ -26,34 +17,36 @@ def _in_the_model(config: "Config") -> Iterator[Conflict]:
     if model.n_heads % model.n_kv_heads:
         problem = f"{model.n_kv_heads} does not divide model.n_heads ({model.n_heads})"
         yield "model.n_kv_heads", f"{problem}; choose a divisor"
-    if config.data.seq_len > model.max_seq_len:
-        problem = f"{config.data.seq_len} is longer than model.max_seq_len ({model.max_seq_len})"
+    if data.seq_len > model.max_seq_len:
+        problem = f"{data.seq_len} is longer than model.max_seq_len ({model.max_seq_len})"
         yield "data.seq_len", f"{problem}; raise that"
 
 
-def _in_the_experts(config: "Config") -> Iterator[Conflict]:
-    moe = config.moe
+def expert_conflicts(model: ModelConfig, moe: MoEConfig, parallel: ParallelConfig) -> Iterator[Conflict]:
+    """Routing that cannot work or cannot learn, and experts that cannot be split."""
     if moe.top_k > moe.num_experts:
         problem = f"{moe.top_k} is more than moe.num_experts ({moe.num_experts})"
         yield "moe.top_k", f"{problem}; lower it or add experts"
     if moe.top_k == 1 and moe.num_experts > 1 and moe.normalize_gate_weights:
         problem = "with moe.top_k=1 every gate weight would be 1 and the router would never learn"
         yield "moe.normalize_gate_weights", f"{problem}; set it to false"
-    if not moe.is_dense and not config.moe_layers:
-        problem = f"no MoE layer is left among model.n_layers={config.model.n_layers}"
+    if not moe.is_dense and not moe.layers(model.n_layers):
+        problem = f"no MoE layer is left among model.n_layers={model.n_layers}"
         fix = "lower one of the two"
         yield "moe.first_dense_layers", f"{problem} with moe.every_n_layers={moe.every_n_layers}; {fix}"
-    if moe.num_experts % config.parallel.ep_size:
-        problem = f"{config.parallel.ep_size} does not divide moe.num_experts ({moe.num_experts})"
+    if moe.num_experts % parallel.ep_size:
+        problem = f"{parallel.ep_size} does not divide moe.num_experts ({moe.num_experts})"
         yield "parallel.ep_size", f"{problem}; use a divisor"
 
 
-def _in_the_training(config: "Config") -> Iterator[Conflict]:
-    train, optim = config.train, config.optim
+def training_conflicts(
+    train: TrainConfig, optim: OptimConfig, parallel: ParallelConfig
+) -> Iterator[Conflict]:
+    """Batches that do not divide, and schedules that do not fit."""
     if train.global_batch_size % train.micro_batch_size:
         problem = f"{train.micro_batch_size} does not divide train.global_batch_size"
         yield "train.micro_batch_size", f"{problem} ({train.global_batch_size}); choose a divisor"
-    if train.compile and config.parallel.ep_size > 1:
+    if train.compile and parallel.ep_size > 1:
         yield "train.compile", "does not work with parallel.ep_size above 1; set it to false"
     if optim.warmup_steps > train.steps:
         problem = f"{optim.warmup_steps} is more than train.steps ({train.steps})"

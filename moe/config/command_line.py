@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from moe.config.errors import ConfigError, RunError
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit codes; 130: Ctrl-C
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:

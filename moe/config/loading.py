@@ -15,7 +15,7 @@ from moe.config.errors import ConfigError, first_line
 from moe.config.schema import Config, config_fields
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply overrides in order, validate.
 
     Args:
@@ -46,7 +46,7 @@ def override_value(item: str) -> Any:
     """The value of an override such as `moe.num_experts=16`, read as `load_config` reads it.
 
     Raises:
-        ConfigError: it is no override.
+        ConfigError: it is not an override.
     """
     return OmegaConf.select(_parse_override(item), item.partition("=")[0])
 
@@ -59,7 +59,7 @@ def _parse_override(item: str) -> DictConfig:
         raise ConfigError(key, f"names no section{_near_miss(key)}; overrides read section.key=value")
     try:
         return OmegaConf.from_dotlist([item])
-    except yaml.YAMLError:  # a glob such as *.txt is no YAML; it is the text that it looks like
+    except yaml.YAMLError:  # a glob such as *.txt is not YAML; take it as text
         override = OmegaConf.create()
         OmegaConf.update(override, key, text)
         return override
@@ -113,7 +113,7 @@ def _one_line(error: ValidationError) -> ConfigError:
         return ConfigError(key, f"no such key{_near_miss(key)}; train.py --help lists them all")
     if first["type"] == "string_pattern_mismatch":
         return ConfigError(
-            key, f"may hold letters, digits, _, . and - only, got {json.dumps(first['input'])[:80]}"
+            key, f"may hold letters, digits, _, . and -, got {json.dumps(first['input'])[:80]}"
         )
     message = first["msg"].replace("Input should be", "should be").replace("Value error, ", "")
     return ConfigError(key, f"{message}, got {json.dumps(first['input'], default=str)[:80]}")

@@ -1,6 +1,6 @@
 """The reference of all keys, for `train.py --help` and for configs/README.md.
 
-python -m moe.config.reference configs/README.md    writes the table of that file anew
+`python -m moe.config.reference configs/README.md` updates the table in that file.
 """
 
 import json

@@ -1,13 +1,14 @@
 """The complete configuration of a run: all sections, and what follows from several keys together."""
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Self, cast, get_args
 
 from pydantic import model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from moe.config.checks import conflicts
+from moe.config.checks import expert_conflicts, model_conflicts, training_conflicts
 from moe.config.errors import ConfigError
 from moe.config.sections import (
     CostConfig,
@@ -39,7 +40,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across_fields(self) -> Self:
-        for key, message in conflicts(self):
+        found = chain(
+            model_conflicts(self.model, self.data),
+            expert_conflicts(self.model, self.moe, self.parallel),
+            training_conflicts(self.train, self.optim, self.parallel),
+        )
+        for key, message in found:
             raise PydanticCustomError("conflict", "{key}: {message}", {"key": key, "message": message})
         return self
 
@@ -56,9 +62,8 @@ class Config(Section):
 
     @property
     def moe_layers(self) -> list[int]:
-        """Indices of the layers at MoE positions: every n-th one after the first dense layers."""
-        first, n = self.moe.first_dense_layers, self.moe.every_n_layers
-        return [layer for layer in range(first, self.model.n_layers) if (layer - first + 1) % n == 0]
+        """Indices of the layers at MoE positions."""
+        return self.moe.layers(self.model.n_layers)
 
     def accumulation_steps(self, world_size: int) -> int:
         """Forwards per rank that make up one global batch.

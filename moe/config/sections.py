@@ -3,7 +3,7 @@
 A dotted key such as `moe.num_experts` is the field `num_experts` of the section `moe`.
 """
 
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,10 @@ OnResume = Literal["refused", "free", "extends"]
 _T = TypeVar("_T")
 _Free = Annotated[_T, "free"]
 _Extends = Annotated[_T, "extends"]
+
+
+def _key(default: Any, description: str, **checks: Any) -> Any:
+    return Field(default=default, description=description, **checks)
 
 
 class Section(BaseModel):
@@ -25,27 +29,24 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Where a run lives and how it starts."""
 
-    name: _Free[str] = Field(default="run", min_length=1, pattern=r"^[\w.-]+$", description="name of the run")
+    name: _Free[str] = _key("run", "name of the run", min_length=1, pattern=r"^[\w.-]+$")
     dir: _Free[str] = Field(
         default_factory=lambda data: f"runs/{data['name']}",
         min_length=1,
         description="folder of the run; default runs/NAME",
     )
-    seed: int = Field(
-        default=0, ge=0, lt=2**63, description="seed of the initial weights and of the sample order"
-    )
-    resume: _Free[Literal["auto", "never", "must"]] = Field(
-        default="auto",
-        description="auto: continue if there is a checkpoint; never: refuse a used folder; must: a fresh one",
+    seed: int = _key(0, "seed of the initial weights and the sample order", ge=0, lt=2**63)
+    resume: _Free[Literal["auto", "never", "must"]] = _key(
+        "auto", "auto: continue a run that exists; never: refuse one that exists; must: refuse a new one"
     )
 
 
 class ModelConfig(Section):
     """The transformer around the experts."""
 
-    d_model: int = Field(default=128, gt=0, multiple_of=8, description="width of the residual stream")
-    n_layers: int = Field(default=4, gt=0, description="number of blocks")
-    n_heads: int = Field(default=4, gt=0, description="query heads")
+    d_model: int = _key(128, "width of the residual stream", gt=0, multiple_of=8)
+    n_layers: int = _key(4, "number of blocks", gt=0)
+    n_heads: int = _key(4, "query heads", gt=0)
     n_kv_heads: int = Field(
         default_factory=lambda data: data["n_heads"],
         gt=0,
@@ -56,118 +57,81 @@ class ModelConfig(Section):
         gt=0,
         description="width of one head, even; default d_model / n_heads",
     )
-    d_ff: int = Field(default=512, gt=0, multiple_of=8, description="hidden width of the dense SwiGLU blocks")
-    max_seq_len: int = Field(default=256, gt=0, description="longest context, in tokens")
-    rope_theta: float = Field(default=10_000.0, gt=1, description="base of the rotary frequencies")
-    tie_embeddings: bool = Field(default=True, description="share the input embedding with the output head")
-    qk_norm: bool = Field(default=False, description="RMSNorm of queries and keys before rotation")
-    qk_norm_scope: Literal["head", "all_heads"] = Field(
-        default="head", description="what one such norm spans: a head (Qwen3), or all heads at once (OLMoE)"
-    )
-    vocab_size: int | None = Field(
-        default=None, gt=1, description="rows of the embedding; null: from the tokenizer"
-    )
+    d_ff: int = _key(512, "hidden width of the dense SwiGLU blocks", gt=0, multiple_of=8)
+    max_seq_len: int = _key(256, "longest context, in tokens", gt=0)
+    rope_theta: float = _key(10_000.0, "base of the rotary frequencies", gt=1)
+    tie_embeddings: bool = _key(True, "share the input embedding with the output head")
+    qk_norm: bool = _key(False, "RMSNorm of queries and keys before rotation")
+    qk_norm_scope: Literal["head", "all_heads"] = _key("head", "what one norm spans: a head or all heads")
+    vocab_size: int | None = _key(None, "rows of the embedding; null: from the tokenizer", gt=1)
 
 
 class MoEConfig(Section):
     """The sparse feed-forward layers."""
 
-    num_experts: int = Field(
-        default=8, gt=0, description="experts per MoE layer; 1 with top_k 1 is the dense model"
+    num_experts: int = _key(8, "experts per MoE layer; 1 with top_k 1 is the dense model", gt=0)
+    top_k: int = _key(2, "experts per token", gt=0)
+    d_ff_expert: int = _key(512, "hidden width of one expert", gt=0, multiple_of=8)
+    num_shared_experts: int = _key(0, "experts that see every token", ge=0)
+    capacity_factor: float | None = _key(
+        None, "null: dropless; else an expert takes at most ceil(factor * T * K / E)", gt=0
     )
-    top_k: int = Field(default=2, gt=0, description="experts per token")
-    d_ff_expert: int = Field(default=512, gt=0, multiple_of=8, description="hidden width of one expert")
-    num_shared_experts: int = Field(default=0, ge=0, description="experts that see every token")
-    capacity_factor: float | None = Field(
-        default=None,
-        gt=0,
-        description="null: dropless; else each expert takes ceil(factor * T * K / E) assignments in training",
-    )
-    normalize_gate_weights: bool = Field(
-        default=True, description="rescale the K gate weights of a token to sum to 1"
-    )
-    aux_loss_coef: float = Field(default=0.01, ge=0, description="coefficient of the load-balancing loss")
-    z_loss_coef: float = Field(default=0.001, ge=0, description="coefficient of the router z-loss")
-    every_n_layers: int = Field(
-        default=1, gt=0, description="every n-th layer after the first dense ones is sparse"
-    )
-    first_dense_layers: int = Field(default=0, ge=0, description="leading layers that stay dense")
+    normalize_gate_weights: bool = _key(True, "rescale the K gate weights of a token to sum to 1")
+    aux_loss_coef: float = _key(0.01, "coefficient of the load-balancing loss", ge=0)
+    z_loss_coef: float = _key(0.001, "coefficient of the router z-loss", ge=0)
+    every_n_layers: int = _key(1, "every n-th layer after the first dense ones is sparse", gt=0)
+    first_dense_layers: int = _key(0, "leading layers that stay dense", ge=0)
 
     @property
     def is_dense(self) -> bool:
         """One expert for every token is a dense block: no router is built."""
         return self.num_experts == 1
 
+    def layers(self, n_layers: int) -> list[int]:
+        """The MoE positions among `n_layers` layers: every n-th one after the first dense ones."""
+        first, n = self.first_dense_layers, self.every_n_layers
+        return [layer for layer in range(first, n_layers) if (layer - first + 1) % n == 0]
+
 
 class DataConfig(Section):
     """The corpus, the tokenizer and the length of a sample."""
 
-    source: str = Field(
-        default="stdlib", min_length=1, description="stdlib, a file, a folder, a glob, or a hub dataset name"
+    source: str = _key("stdlib", "stdlib, a file, a folder, a glob, or a hub dataset name", min_length=1)
+    subset: str | None = _key(None, "configuration of a hub dataset, such as wikitext-103-raw-v1")
+    revision: _Free[str | None] = _key(None, "commit of a hub dataset; null: the newest")
+    text_field: str = _key("text", "field that holds the text of a record", min_length=1)
+    tokenizer: str = _key(
+        "bpe:4096", "bpe:N (trained here), bytes, a tokenizer.json or a hub name", min_length=1
     )
-    subset: str | None = Field(
-        default=None, description="configuration of a hub dataset, such as wikitext-103-raw-v1"
-    )
-    revision: _Free[str | None] = Field(
-        default=None,
-        description="commit of a hub dataset; null: the newest. Pinned, a cached one needs no network",
-    )
-    text_field: str = Field(default="text", min_length=1, description="field that holds the text of a record")
-    tokenizer: str = Field(
-        default="bpe:4096",
-        min_length=1,
-        description="bpe:N (trained here), bytes, a tokenizer.json, or a hub name",
-    )
-    end_token: str | None = Field(
-        default=None, description="token after each document; null: the well-known one that the tokenizer has"
-    )
-    seq_len: int = Field(default=256, gt=0, description="tokens per sample")
-    streaming: bool = Field(
-        default=False,
-        description="hub datasets: read only as many documents as the run needs, in the stream's order",
-    )
-    cache_dir: _Free[str | None] = Field(
-        default=None, description="folder of tokenized corpora; null: gatework in the user's cache folder"
-    )
+    end_token: str | None = _key(None, "token after each document; null: the one that the tokenizer has")
+    seq_len: int = _key(256, "tokens per sample", gt=0)
+    streaming: bool = _key(False, "of a hub dataset, read only as many documents as the run needs")
+    cache_dir: _Free[str | None] = _key(None, "folder of tokenized corpora; null: in the user's cache")
 
 
 class TrainConfig(Section):
     """How long, how much at a time, and how often to look."""
 
-    steps: _Extends[int] = Field(default=300, gt=0, description="optimizer steps")
-    global_batch_size: int = Field(
-        default=16, gt=0, description="sequences per optimizer step, over all ranks"
-    )
-    micro_batch_size: _Free[int] = Field(
-        default=16, gt=0, description="sequences per rank per forward; accumulation is derived"
-    )
-    eval_interval: _Free[int] = Field(default=100, gt=0, description="steps between evaluations")
-    eval_batches: int = Field(
-        default=8, gt=0, description="validation batches of global_batch_size per evaluation"
-    )
-    checkpoint_interval: _Free[int] = Field(default=100, gt=0, description="steps between checkpoints")
-    keep_checkpoints: _Free[int] = Field(default=2, gt=0, description="newest checkpoints that are kept")
-    activation_checkpointing: _Free[bool] = Field(
-        default=False, description="recompute each block in the backward pass"
-    )
-    compile: _Free[bool] = Field(
-        default=False, description="torch.compile each block; needs a C++ compiler on CPU"
-    )
+    steps: _Extends[int] = _key(300, "optimizer steps", gt=0)
+    global_batch_size: int = _key(16, "sequences per optimizer step, over all ranks", gt=0)
+    micro_batch_size: _Free[int] = _key(16, "sequences per rank per forward; accumulation is derived", gt=0)
+    eval_interval: _Free[int] = _key(100, "steps between evaluations", gt=0)
+    eval_batches: int = _key(8, "validation batches of global_batch_size per evaluation", gt=0)
+    checkpoint_interval: _Free[int] = _key(100, "steps between checkpoints", gt=0)
+    keep_checkpoints: _Free[int] = _key(2, "newest checkpoints that are kept", gt=0)
+    activation_checkpointing: _Free[bool] = _key(False, "recompute each block in the backward pass")
+    compile: _Free[bool] = _key(False, "torch.compile each block; needs a C++ compiler on CPU")
 
 
 class OptimConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
-    lr: float = Field(default=3e-3, gt=0, description="peak learning rate")
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="last learning rate over the peak")
-    warmup_steps: int = Field(default=20, ge=0, description="steps of linear warm-up")
-    betas: tuple[float, float] = Field(
-        default=(0.9, 0.95), description="Adam's decay rates of the two moments"
-    )
-    weight_decay: float = Field(
-        default=0.1, ge=0, description="decoupled decay of matrices; norms are never decayed"
-    )
-    grad_clip: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    lr: float = _key(3e-3, "peak learning rate", gt=0)
+    min_lr_ratio: float = _key(0.1, "last learning rate over the peak", ge=0, le=1)
+    warmup_steps: int = _key(20, "steps of linear warm-up", ge=0)
+    betas: tuple[float, float] = _key((0.9, 0.95), "Adam's decay rates of the two moments")
+    weight_decay: float = _key(0.1, "decoupled decay of matrices; norms are never decayed", ge=0)
+    grad_clip: float = _key(1.0, "largest global gradient norm; 0: no clipping", ge=0)
 
 
 class ParallelConfig(Section):
@@ -175,28 +139,17 @@ class ParallelConfig(Section):
 
     on_resume: ClassVar[OnResume] = "free"
 
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: cuda where there is one"
+    device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: cuda if there is one")
+    ep_size: int = _key(1, "ranks that split the experts of a layer", gt=0)
+    dispatch: Literal["once_per_rank", "once_per_expert"] = _key(
+        "once_per_rank", "how often a token is sent to a rank with several of its experts"
     )
-    ep_size: int = Field(default=1, gt=0, description="ranks that split the experts of a layer")
-    dispatch: Literal["once_per_rank", "once_per_expert"] = Field(
-        default="once_per_rank",
-        description="how often a token travels to a rank that holds several of its experts",
+    overlap: bool = _key(True, "compute the shared experts while tokens travel to the others")
+    zero_stage: Literal[1, 2] = _key(1, "ZeRO stage; in bf16, 2 accumulates gradients in fp32 and 1 in bf16")
+    precision: _Extends[Literal["fp32", "bf16"]] = _key(
+        "fp32", "of weights and activations, not of the router"
     )
-    overlap: bool = Field(
-        default=True, description="compute the shared experts while tokens travel to the others"
-    )
-    zero_stage: Literal[1, 2] = Field(
-        default=1,
-        description="ZeRO stage; under bf16, 2 accumulates micro batches in fp32 and 1 in bf16 "
-        "(0 clips expert gradients wrongly, 3 does not take MoE layers)",
-    )
-    precision: _Extends[Literal["fp32", "bf16"]] = Field(
-        default="fp32", description="precision of weights and activations; the router is always fp32"
-    )
-    timeout_s: float = Field(
-        default=600.0, gt=0, le=1e6, description="seconds after which a stuck collective ends the run"
-    )
+    timeout_s: float = _key(600.0, "seconds after which a stuck collective ends the run", gt=0, le=1e6)
 
 
 class LogConfig(Section):
@@ -204,11 +157,9 @@ class LogConfig(Section):
 
     on_resume: ClassVar[OnResume] = "free"
 
-    interval: int = Field(default=10, gt=0, description="steps between lines of metrics.jsonl")
-    wandb: Literal["disabled", "offline", "online"] = Field(
-        default="disabled", description="mirror of metrics.jsonl"
-    )
-    wandb_project: str = Field(default="gatework", min_length=1, description="Weights & Biases project")
+    interval: int = _key(10, "steps between lines of metrics.jsonl", gt=0)
+    wandb: Literal["disabled", "offline", "online"] = _key("disabled", "mirror of metrics.jsonl")
+    wandb_project: str = _key("gatework", "Weights & Biases project", min_length=1)
 
 
 class CostConfig(Section):
@@ -216,16 +167,8 @@ class CostConfig(Section):
 
     on_resume: ClassVar[OnResume] = "free"
 
-    peak_flops: float | None = Field(
-        default=None, gt=0, description="peak FLOP/s of a device; null: known for common GPUs (bf16, dense)"
-    )
-    watts: float | None = Field(
-        default=None, gt=0, description="power of a device; null: data-sheet power of common GPUs"
-    )
-    usd_per_hour: float | None = Field(
-        default=None, ge=0, description="price of a device; null: a common price of common GPUs"
-    )
-    pue: float = Field(default=1.1, ge=1, description="power of the data centre over that of its devices")
-    kg_co2e_per_kwh: float = Field(
-        default=0.429, ge=0, description="of the electricity; default: US average (Patterson et al. 2021)"
-    )
+    peak_flops: float | None = _key(None, "peak FLOP/s of a device; null: known for common GPUs", gt=0)
+    watts: float | None = _key(None, "power of a device; null: known for common GPUs", gt=0)
+    usd_per_hour: float | None = _key(None, "price of a device; null: known for common GPUs", ge=0)
+    pue: float = _key(1.1, "power of the data center over that of its devices", ge=1)
+    kg_co2e_per_kwh: float = _key(0.429, "emissions of the electricity; default: US average", ge=0)

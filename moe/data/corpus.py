@@ -32,6 +32,7 @@ _READERS = {
     ".parquet": "parquet",
 }
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text", ".tex", ".c", ".h", ".html"}
+_SUFFIXES = {*_READERS, *_TEXT_SUFFIXES}
 
 
 class Document(NamedTuple):
@@ -97,21 +98,17 @@ def _python_source(path: Path) -> str:
 
 
 def _local_paths(source: str) -> list[Path] | None:
-    """The files that the source names; None if it reads like a hub name."""
+    """The files that the source names; None if it looks like a hub name."""
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(
-            file for file in path.rglob("*") if file.suffix.lower() in {*_READERS, *_TEXT_SUFFIXES}
-        )
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
         if not found:
             raise ConfigError("data.source", f"folder {source} holds no text, JSON, CSV or Parquet file")
         return found
     found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
     if found:
         return found
-    looks_local = (
-        path.suffix.lower() in {*_READERS, *_TEXT_SUFFIXES} or source[0] in "./~" or glob.has_magic(source)
-    )
+    looks_local = path.suffix.lower() in _SUFFIXES or source[0] in "./~" or glob.has_magic(source)
     if looks_local:
         raise ConfigError("data.source", f"no such file: {source}; give a path, a glob, stdlib or a hub name")
     return None
@@ -120,9 +117,8 @@ def _local_paths(source: str) -> list[Path] | None:
 def _local(data: DataConfig, paths: list[Path]) -> Corpus:
     readers = {_READERS.get(path.suffix.lower(), "text") for path in paths}
     if len(readers) > 1:
-        raise ConfigError(
-            "data.source", f"{data.source} mixes file types ({', '.join(sorted(readers))}); give one"
-        )
+        mixed = ", ".join(sorted(readers))
+        raise ConfigError("data.source", f"{data.source} mixes file types ({mixed}); give one")
     try:
         names = _relative_names(paths)
         fingerprint = _fingerprint(*names, *(_file_hash(path) for path in paths))
@@ -142,9 +138,7 @@ def _text_files(paths: list[Path], names: list[str]) -> Iterator[Document]:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise ConfigError(
-                "data.source", f"{path} is not UTF-8 text; convert it or leave it out"
-            ) from None
+            raise ConfigError("data.source", f"{path} is not UTF-8 text; convert or remove it") from None
         if "\0" in text:
             raise ConfigError("data.source", f"{path} is a binary file; give text, JSON, CSV or Parquet")
         if text in seen:  # copies of a file must not sit on both sides of the split
@@ -166,18 +160,16 @@ def _relative_names(paths: list[Path]) -> list[str]:
 
 def _records(data: DataConfig, source: str, split: str = "train", /, **arguments: Any) -> Iterator[Document]:
     """Rows of a dataset that Hugging Face `datasets` can load, streamed: the token cache is the only copy."""
-    import datasets  # 1.5 s, and the default source does not need it
+    import datasets  # takes 1.5 s, and the default source does not need it
 
     datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # its errors reach the user through ours
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # our own errors name the problem
     try:
         rows = datasets.load_dataset(source, split=split, streaming=True, **arguments)
         for row in rows:
             if data.text_field not in row:
-                raise ConfigError(
-                    "data.text_field",
-                    f"no field {data.text_field!r}; the records have {', '.join(sorted(row))}",
-                )
+                problem = f"no field {data.text_field!r}; the records have {', '.join(sorted(row))}"
+                raise ConfigError("data.text_field", problem)
             text = row[data.text_field]
             if not isinstance(text, str):
                 raise ConfigError("data.text_field", f"field {data.text_field!r} is not text in every record")
@@ -197,19 +189,17 @@ def _hub(data: DataConfig) -> Corpus:
     try:
         revision = data.revision or HfApi().dataset_info(data.source, timeout=20).sha
     except Exception as error:  # the hub client's errors differ from version to version
-        raise ConfigError(
-            "data.source",
-            f"{data.source!r} is no file here, and the hub has no answer for it ({type(error).__name__}: "
-            f"{first_line(error)[:120]}); check the name, data.subset and the network",
-        ) from None
+        problem = f"{data.source!r} is not a file here, and the hub has no answer for it"
+        reason = f"({type(error).__name__}: {first_line(error)[:120]})"
+        fix = "check the name, data.subset and the network"
+        raise ConfigError("data.source", f"{problem} {reason}; {fix}") from None
 
     def read() -> Iterator[Document]:
         try:
             splits = datasets.get_dataset_split_names(data.source, data.subset, revision=revision)
         except Exception as error:  # datasets raises whatever the hub client raises
-            raise ConfigError(
-                "data.source", f"{data.source} cannot be read ({first_line(error)[:200]})"
-            ) from None
+            reason = first_line(error)[:200]
+            raise ConfigError("data.source", f"{data.source} cannot be read ({reason})") from None
         if "validation" in splits:
             yield from _records(data, data.source, "validation", name=data.subset, revision=revision)
         for document in _records(data, data.source, "train", name=data.subset, revision=revision):

@@ -8,13 +8,7 @@ from moe.config import Config
 
 
 def samples_of_step(config: Config, tokens: np.ndarray, step: int) -> np.ndarray:
-    """The ids (global_batch_size,) of one step of a run.
-
-    Args:
-        config: of the run.
-        tokens: (n,) of the training split.
-        step: 0 for the first optimizer step.
-    """
+    """The ids (global_batch_size,) of a step, 0 for the first one, from the training split `tokens` (n,)."""
     size, num = config.train.global_batch_size, num_samples(tokens, config.data.seq_len)
     return sample_ids(config.run.seed, step, size, num, shuffle=not config.data.streaming)
 
@@ -35,9 +29,8 @@ def sample_ids(seed: int, step: int, global_batch_size: int, num_samples: int, s
     Returns:
         (global_batch_size,) int64, each in [0, num_samples).
     """
-    epochs, places = np.divmod(
-        np.arange(step * global_batch_size, (step + 1) * global_batch_size), num_samples
-    )
+    first = step * global_batch_size
+    epochs, places = np.divmod(np.arange(first, first + global_batch_size), num_samples)
     if not shuffle:
         return places
     ids = np.empty_like(places)

@@ -38,7 +38,7 @@ class TokenizedCorpus:
         tokenizer: of these tokens.
         end_token: the token after each document.
         train: (n,) uint16 or uint32, memory-mapped, documents in order, each followed by the end token.
-        validation: likewise.
+        validation: the same for the validation split.
         validation_bytes_per_token: UTF-8 bytes of the validation documents over their tokens, end tokens
             included: what turns nats per token into bits per byte.
     """
@@ -152,9 +152,8 @@ def _write_tokens(
     documents = _with_progress(documents, "tokenizing")
     for batch in iter(lambda: list(islice(documents, 256)), []):
         wanted = [document for document in batch if document.text.strip() and not full(document.split)]
-        encodings = tokenizer.encode_batch_fast(
-            [document.text for document in wanted], add_special_tokens=False
-        )
+        texts = [document.text for document in wanted]
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         for document, encoding in zip(wanted, encodings, strict=True):
             if full(document.split):
                 continue
@@ -188,16 +187,11 @@ def _check_enough(config: Config, meta: dict[str, Any]) -> None:
     for split in _SPLITS:
         tokens = meta[split]["tokens"]
         if tokens == 0:
-            raise ConfigError(
-                "data.source",
-                f"{config.data.source} has no document in the {split} split; give more documents",
-            )
+            problem = f"{config.data.source} has no document in the {split} split"
+            raise ConfigError("data.source", f"{problem}; give more documents")
         if tokens <= seq_len:
-            raise ConfigError(
-                "data.seq_len",
-                f"{seq_len} is longer than the {split} text of {config.data.source} ({tokens} tokens); "
-                "lower it or give more text",
-            )
+            problem = f"{seq_len} is longer than the {split} text of {config.data.source} ({tokens} tokens)"
+            raise ConfigError("data.seq_len", f"{problem}; lower it or give more text")
 
 
 def _open(config: Config, folder: Path, fingerprint: str) -> TokenizedCorpus:

@@ -35,7 +35,7 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def with_vocabulary(config: Config) -> Config:
-    """The configuration with `model.vocab_size` filled in, from the tokenizer's name where that says it.
+    """The configuration with `model.vocab_size` filled in, from the tokenizer that it names.
 
     Raises:
         ConfigError: no such tokenizer, or `model.vocab_size` is less than its vocabulary.
@@ -79,11 +79,9 @@ def _make_tokenizer(spec: str, training_texts: Iterable[str]) -> Tokenizer:
         HfApi().model_info(spec, timeout=20)  # answers at once, where the download would retry for 23 s
         return Tokenizer.from_pretrained(spec)
     except Exception as error:  # the hub client's errors differ from version to version
-        raise ConfigError(
-            "data.tokenizer",
-            f"{spec!r} is neither bpe:N, bytes nor a file here, and the hub has no answer "
-            f"({first_line(error)[:120]}); check the name and the network",
-        ) from None
+        problem = f"{spec!r} is neither bpe:N, bytes nor a file here, and the hub has no answer"
+        reason = f"({first_line(error)[:120]}); check the name and the network"
+        raise ConfigError("data.tokenizer", f"{problem} {reason}") from None
 
 
 def read_tokenizer(path: Path, key: str) -> Tokenizer:
@@ -108,9 +106,8 @@ def end_token(tokenizer: Tokenizer, named: str | None) -> str:
     for token in candidates:
         if tokenizer.token_to_id(token) is not None:
             return token
-    raise ConfigError(
-        "data.end_token", f"the tokenizer has no token {' or '.join(candidates)}; name the one it has"
-    )
+    names = " or ".join(candidates)
+    raise ConfigError("data.end_token", f"the tokenizer has no token {names}; name the one it has")
 
 
 def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
@@ -122,12 +119,9 @@ def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_first_bytes(texts, _BPE_TRAINING_BYTES), trainer)
-    if tokenizer.get_vocab_size() < vocab_size:
-        raise ConfigError(
-            "data.tokenizer",
-            f"the corpus supports only {tokenizer.get_vocab_size()} tokens; "
-            f"use bpe:{tokenizer.get_vocab_size()} or bytes",
-        )
+    if (size := tokenizer.get_vocab_size()) < vocab_size:
+        problem = f"the corpus supports only {size} tokens; use bpe:{size} or bytes"
+        raise ConfigError("data.tokenizer", problem)
     return tokenizer
 
 

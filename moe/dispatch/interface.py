@@ -54,7 +54,7 @@ class DispatchMetadata:
         sent_bytes: () int64, bytes of the rows that went to other ranks.
         permutation: which of the N rows holds which assignment of the M tokens that arrived here.
         gate_weights: (M, K) fp32, of the tokens that arrived here.
-        route: how the rows came here; None where nothing travels.
+        route: how the rows came here; None if nothing travels.
     """
 
     tokens_per_expert: Tensor
@@ -72,7 +72,7 @@ class InFlight:
     Attributes:
         rows: (M, D) of the tokens that come here; not to be read while there is an exchange.
         metadata: for `combine`.
-        exchange: the transfer to wait for; None where there is none.
+        exchange: the transfer to wait for; None if there is none.
     """
 
     rows: Tensor

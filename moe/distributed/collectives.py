@@ -43,27 +43,18 @@ class RowExchange:
         self._under_way: tuple[Work, Tensor, Tensor] | None = None
 
     def start(self, rows: Tensor) -> Tensor:
-        """Begin to send.
-
-        Args:
-            rows: (sum(send), ...), any dtype.
+        """Begin to send `rows` (sum(send), ...) of any dtype.
 
         Returns:
-            (sum(receive), ...), to be read by `wait` only: its content is still on the way.
+            (sum(receive), ...), for `wait` only: its content is still on the way.
         """
         return _Start.apply(rows, self)
 
     def wait(self, in_flight: Tensor) -> Tensor:
-        """End the transfer.
-
-        Args:
-            in_flight: what `start` returned.
-
-        Returns:
-            (sum(receive), ...), what arrived.
+        """End the transfer: what `start` returned becomes (sum(receive), ...), what arrived.
 
         Raises:
-            RuntimeError: from torch, where a rank of the group is gone or late.
+            RuntimeError: from torch, if a rank of the group is gone or late.
         """
         return _Wait.apply(in_flight, self)
 

@@ -28,14 +28,7 @@ class ParallelGroups:
 
 @dataclass(frozen=True)
 class World:
-    """This process among all ranks.
-
-    Attributes:
-        rank: place of this process among all of them.
-        size: number of ranks.
-        device: of this process.
-        groups: its process groups.
-    """
+    """This process: its rank among `size` ranks, its device, and its process groups."""
 
     rank: int
     size: int

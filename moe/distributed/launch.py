@@ -17,7 +17,7 @@ def world_size() -> int:
     """Number of processes that the launcher started; 1 without one.
 
     Raises:
-        ConfigError: the environment is half a launcher's.
+        ConfigError: only some of a launcher's variables are set.
     """
     if "WORLD_SIZE" not in os.environ:
         return 1
@@ -45,15 +45,13 @@ def choose_device(parallel: ParallelConfig) -> torch.device:
         return torch.device("cpu")
     place, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if place >= devices:
-        raise ConfigError(
-            "parallel.device",
-            f"process {place} of this node has none of its {devices} CUDA devices; start fewer, or use cpu",
-        )
+        problem = f"process {place} of this node has none of its {devices} CUDA devices"
+        raise ConfigError("parallel.device", f"{problem}; start fewer, or use cpu")
     return torch.device("cuda", place)
 
 
 def join(parallel: ParallelConfig, device: torch.device) -> None:
-    """Join the process group of all ranks; under no launcher, make one of size 1. Done once per process."""
+    """Join the process group of all ranks; without a launcher, make one of size 1."""
     if torch.distributed.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -65,20 +63,17 @@ def join(parallel: ParallelConfig, device: torch.device) -> None:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         store = _fresh(store, rank, size, parallel.timeout_s)
-        torch.distributed.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=timeout
-        )
     else:
         # No launcher: DeepSpeed would ask for mpi4py. A store in memory needs no free port either.
-        store = HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        store, rank, size = HashStore(), 0, 1
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def _fresh(store: Store, rank: int, size: int, timeout_s: float) -> Store:
     """A part of the store that nobody has written to: torchrun keeps one store over all its restarts.
 
-    Its workers would find the addresses of killed ones there. `TORCHELASTIC_RESTART_COUNT` is no name for
-    that part, since each node counts for itself.
+    Its workers would find the addresses of killed ones there. `TORCHELASTIC_RESTART_COUNT` cannot name
+    that part, since each node has its own count.
     """
     name = uuid.uuid4().hex
     if rank > 0:

@@ -15,11 +15,11 @@ _PATIENCE_S = 5.0
 
 
 def why_lost(error: RuntimeError) -> str | None:
-    """One line on a collective that failed, and on who is missing; None where the error is no collective's.
+    """One line on a failed collective and on the ranks that are missing; None if the error has another cause.
 
-    To be called on every rank on which one failed: calling it says that this rank is alive. A rank that says
-    nothing within some seconds died, hangs, or is too busy to have noticed. Under NCCL torch's watchdog may
-    end the process first, with a message of its own.
+    Every rank on which a collective failed should call this, since that says that the rank is alive. A rank
+    that says nothing within some seconds died, hangs, or is too busy to notice. Under NCCL, torch's watchdog
+    may end the process first, with its own message.
     """
     text = str(error)
     is_collective = isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text

@@ -1,4 +1,4 @@
-"""Which ranks split the experts and which hold the same ones: lists of integers, nothing else."""
+"""Which ranks split the experts, and which hold the same ones, as lists of ranks."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,9 @@ from moe.config import ConfigError
 
 @dataclass(frozen=True)
 class Topology:
-    """`ep_size * edp_size == world_size`.
+    """Consecutive ranks split the experts of a layer, so that dispatch stays within a node if possible.
 
-    Consecutive ranks split the experts of a layer, so that dispatching stays within a node where it can;
-    ranks `ep_size` apart hold the same ones.
+    Ranks `ep_size` apart hold the same experts: `ep_size * edp_size == world_size`.
 
     Attributes:
         world_size: number of ranks.
@@ -25,11 +24,9 @@ class Topology:
 
     def __post_init__(self):
         if self.world_size % self.ep_size:
-            raise ConfigError(
-                "parallel.ep_size",
-                f"{self.ep_size} does not divide the {self.world_size} ranks; use a divisor, or start "
-                f"{self.ep_size * (self.world_size // self.ep_size + 1)} ranks",
-            )
+            problem = f"{self.ep_size} does not divide the {self.world_size} ranks"
+            enough = self.ep_size * (self.world_size // self.ep_size + 1)
+            raise ConfigError("parallel.ep_size", f"{problem}; use a divisor, or start {enough} ranks")
 
     @property
     def ep_groups(self) -> list[list[int]]:

@@ -27,13 +27,11 @@ from moe.training.loss import training_loss
 BOUNDS = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (1e-2, 5e-1, 1e-1)}
 NORM_BOUND = {"fp32": 1e-4, "bf16": 5e-3}  # of one step's norm, relative: no error has had time to grow
 LAYER_BOUND = 1e-4
-MEMORY_SLACK = 2**28  # libraries, buffers and the allocator, beside what the estimate counts
+MEMORY_SLACK = 2**28  # for libraries, buffers and the allocator, which the estimate does not count
 EXPLANATION = """\
       largest relative difference of loss and of gradient norm, absolute of final weights;
       then the first norm against plain torch's, and the families' norms against the whole."""
-BF16_EXPLANATION = (
-    "\n      In bf16 rounding separates runs at once: only the bound of the first norm is tight."
-)
+BF16_EXPLANATION = "\n      In bf16 runs separate soon: only the bound of the first norm is tight."
 OUT_OF_BOUNDS = """\
       Out of bounds from step {} on. If all was well before, two experts of a token were equal
       within rounding, and it went to the other one; run again with another run.seed"""
@@ -47,9 +45,6 @@ class Examination:
         corpus: its text.
         train: train.py.
         call: the arguments that give train.py this configuration.
-
-    Attributes:
-        failed: how many checks failed so far.
     """
 
     def __init__(self, config: Config, corpus: TokenizedCorpus, train: Path, call: Sequence[str]):
@@ -58,7 +53,7 @@ class Examination:
         self.bounds = BOUNDS[self.precision]
         self.norm = self._first_norm()
         self.call = [*call, f"optim.grad_clip={self.norm / 4}"]  # so that the clipping takes effect
-        self.failed = 0
+        self.failed = 0  # how many checks failed so far
 
     def run(self, variants: Sequence[Variant]) -> None:
         """Train every variant, and compare each run with that of the first one."""
@@ -192,7 +187,7 @@ def _differences(run: Path, reference: Path) -> _Differences:
 
 
 def _first_step_out_of_bounds(run: Path, reference: Path, bounds: _Differences) -> int | None:
-    """The first step whose loss or norm differ by more than their bounds; None where only weights do."""
+    """The first step whose loss or norm differ by more than their bounds; None if only weights do."""
     for a, b in zip(_steps(run), _steps(reference), strict=True):
         for key, bound in zip(("loss/lm", "optim/grad_norm"), bounds, strict=False):
             if not abs(a[key] / b[key] - 1) <= bound:

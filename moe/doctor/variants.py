@@ -18,13 +18,13 @@ class Variant(NamedTuple):
 
     @property
     def title(self) -> str:
-        """For people."""
+        """As it is printed."""
         experts = f"ranks {self.ranks}, ep {self.ep_size}"
         return f"{experts}, ZeRO {self.zero_stage}, micro batch {self.micro_batch_size}"
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"ranks{self.ranks}-ep{self.ep_size}-zero{self.zero_stage}-micro{self.micro_batch_size}"
 
     def overrides(self, folder: Path) -> list[str]:
@@ -40,10 +40,7 @@ class Variant(NamedTuple):
 def variants(config: Config, rank_counts: Sequence[int], every: bool) -> Iterator[Variant]:
     """Every way to run it on these numbers of ranks, one rank first.
 
-    Args:
-        config: its experts have to split evenly.
-        rank_counts: numbers of ranks.
-        every: with both ZeRO stages, and with micro batches of 4 and 1; else with those of the configuration.
+    With `every`, also with both ZeRO stages, and with micro batches of 4 and 1.
     """
     stages = (1, 2) if every else (config.parallel.zero_stage,)
     micro_batches = (4, 1) if every else (config.train.micro_batch_size,)
@@ -77,7 +74,7 @@ def parse_rank_counts(text: str) -> list[int]:
     """The argument of --ranks; one rank, the reference, always comes first.
 
     Raises:
-        ConfigError: it is not numbers with commas between.
+        ConfigError: it is not a list of numbers.
     """
     counts = [int(part) for part in text.split(",") if part.isdecimal() and int(part) > 0]
     if len(counts) != len(text.split(",")):

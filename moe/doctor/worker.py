@@ -17,13 +17,7 @@ from moe.distributed.launch import leave
 
 
 def launch(train: Path, folder: Path, ranks: int, calls: Sequence[Sequence[str]]) -> int:
-    """Run train.py with each list of arguments, one after the other, on so many ranks.
-
-    Args:
-        train: train.py.
-        folder: of what the ranks print.
-        ranks: how many.
-        calls: the arguments of each run.
+    """Run train.py with each list of arguments, one after the other; what they print goes into `folder`.
 
     Returns:
         The largest memory of a rank during the first of them, in bytes beyond that of the libraries.

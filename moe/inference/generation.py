@@ -42,21 +42,11 @@ class Sampling:
 
 
 def generate(run: TrainedRun, prompt: str = "", sampling: Sampling | None = None) -> str:
-    """Continue a text with a trained run.
-
-    Args:
-        run: from `load_run`.
-        prompt: the text to continue; empty: a new document.
-        sampling: how tokens are chosen. None: the defaults of `Sampling`.
-
-    Returns:
-        The prompt and its continuation.
-    """
+    """The prompt and its continuation by a run from `load_run`; an empty prompt starts a document."""
     ids = run.tokenizer.encode(prompt, add_special_tokens=False).ids or [run.end_id]
     tokens = torch.tensor(ids, device=run.model.embedding.weight.device)
-    return run.tokenizer.decode(
-        generate_tokens(run.model, tokens, sampling or Sampling(), run.end_id).tolist()
-    )
+    tokens = generate_tokens(run.model, tokens, sampling or Sampling(), run.end_id)
+    return run.tokenizer.decode(tokens.tolist())
 
 
 @torch.no_grad()
@@ -94,16 +84,7 @@ def generate_tokens(
 
 
 def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw one token.
-
-    Args:
-        logits: (V,) fp32.
-        sampling: its temperature and top_p.
-        generator: of random numbers.
-
-    Returns:
-        (1,) int64.
-    """
+    """Draw one token (1,) int64 from its logits (V,) fp32."""
     if sampling.temperature == 0:
         return logits.argmax()[None]
     probs = ((logits - logits.max()) / sampling.temperature).softmax(0)

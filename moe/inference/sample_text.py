@@ -19,15 +19,10 @@ def sample_text(
     device: torch.device,
     agree: Callable[[torch.Tensor], torch.Tensor],
 ) -> str:
-    """Text from the model: one document from nothing, and the continuation of two validation texts.
+    """A document from nothing, and the continuation of two validation texts.
 
-    All ranks write the same text together, since each may hold a part of the experts.
-
-    Args:
-        model: to sample from.
-        corpus: its tokenizer and its validation text.
-        device: of the model.
-        agree: as in `generate_tokens`.
+    All ranks call this and write the same text, since each may hold a part of the experts; `agree` is that of
+    `generate_tokens`.
     """
     tokenizer, end_id = corpus.tokenizer, corpus.tokenizer.token_to_id(corpus.end_token)
     assert end_id is not None

@@ -16,19 +16,12 @@ from moe.runs.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run as its newest checkpoint has it.
+    """A trained run, from its newest checkpoint."""
 
-    Attributes:
-        model: fp32, in evaluation mode.
-        tokenizer: of the run.
-        config: of the run, complete.
-        end_id: the token that ends a document.
-    """
-
-    model: Transformer
+    model: Transformer  # fp32, in evaluation mode
     tokenizer: Tokenizer
     config: Config
-    end_id: int
+    end_id: int  # the token that ends a document
 
 
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> TrainedRun:
@@ -36,16 +29,14 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> TrainedRun
 
     Args:
         path: a run folder, such as runs/tiny.
-        device: where the model shall be.
+        device: of the model.
 
     Raises:
-        ConfigError: the folder is no run, or holds no sound checkpoint.
+        ConfigError: the folder is not a run, or holds no sound checkpoint.
     """
     folder = RunFolder(Path(path))
     if not folder.config.exists():
-        raise ConfigError(
-            "RUN", f"{path} is not a run folder; give one that train.py made, such as runs/tiny"
-        )
+        raise ConfigError("RUN", f"{path} is not a run folder; give one of train.py, such as runs/tiny")
     config = load_config(folder.config)
     checkpoint, warnings = newest_checkpoint(folder.checkpoints)
     if checkpoint is None:

@@ -73,13 +73,10 @@ class Attention(nn.Module):
         Returns:
             (B, S, D), same dtype.
         """
+        query = _normalize(self.query(hidden), self.query_norm)
+        key, value = _normalize(self.key(hidden), self.key_norm), self.value(hidden)
         query_BHSQ, key_BGSQ, value_BGSQ = (
-            rearrange(_normalize(projection(hidden), norm), "b s (h q) -> b h s q", q=self.head_dim)
-            for projection, norm in (
-                (self.query, self.query_norm),
-                (self.key, self.key_norm),
-                (self.value, None),
-            )
+            rearrange(rows, "b s (h q) -> b h s q", q=self.head_dim) for rows in (query, key, value)
         )
         query_BHSQ, key_BGSQ = apply_rotary(query_BHSQ, rotary), apply_rotary(key_BGSQ, rotary)
         attended_BHSQ = F.scaled_dot_product_attention(

@@ -19,7 +19,7 @@ from moe.model.router import Router
 
 
 class MoEAux(NamedTuple):
-    """What a layer reports beside its output; nothing is hidden in module state.
+    """What a layer reports in addition to its output; nothing is kept in module state.
 
     From the layer each field has the shape given here; from the transformer, one more leading dimension for
     its MoE layers.

@@ -16,7 +16,7 @@ from moe.distributed.launch import choose_device
 
 
 def check_compiler(config: Config) -> None:
-    """Refuse to compile where that cannot be done.
+    """Refuse `train.compile` if it cannot work.
 
     Raises:
         ConfigError: `train.compile` is set, the device is a CPU, and there is no C++ compiler.

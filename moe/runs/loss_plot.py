@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""`loss.png`: the loss curves of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,7 @@ import matplotlib.pyplot as plt
 
 
 def plot_losses(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw training and validation loss against tokens.
-
-    Args:
-        metrics: lines of `metrics.jsonl`.
-        title: above the plot.
-        path: of the PNG.
-    """
+    """Draw the training and validation loss of `metrics.jsonl` against tokens, into the PNG `path`."""
     train = [(line["tokens"], line["loss/lm"]) for line in metrics if "loss/lm" in line]
     evaluated = [(line["tokens"], line["eval/loss"]) for line in metrics if "eval/loss" in line]
     figure, axes = plt.subplots(figsize=(8, 5), dpi=120, layout="constrained")

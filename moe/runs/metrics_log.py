@@ -34,7 +34,7 @@ class MetricsLog:
             self._mirror.write(line)
 
     def close(self) -> None:
-        """Close the file and wait for the mirror, within its patience."""
+        """Close the file and wait for the mirror, for a limited time."""
         self._file.close()
         if self._mirror is not None:
             self._mirror.close()

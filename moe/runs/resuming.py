@@ -14,36 +14,30 @@ def open_run(config: Config) -> RunFolder:
     Of checkpoints, only the manifests are read here; `newest_checkpoint` checks the content.
 
     Raises:
-        ConfigError: the folder is no place for this run, or the run is not the one that was saved.
+        ConfigError: the folder cannot hold this run, or holds another one.
     """
     folder = RunFolder(Path(config.run.dir).expanduser())
     _check_usable(folder)
     if folder.config.exists() and config.run.resume == "never":
-        raise ConfigError(
-            "run.resume", f"never, but {folder.path} already holds a run; choose another run.name"
-        )
+        raise ConfigError("run.resume", f"never, but {folder.path} holds a run; choose another run.name")
     checkpoint, warnings = newest_checkpoint(folder.checkpoints, check_content=False)
     if checkpoint is None and warnings:
         raise all_damaged(warnings)
     if checkpoint is None and folder.summary.exists():
-        raise ConfigError(
-            "run.dir", f"{folder.path} is a finished run whose checkpoints are gone; choose another run.name"
-        )
+        problem = f"{folder.path} is a finished run whose checkpoints are gone"
+        raise ConfigError("run.dir", f"{problem}; choose another run.name")
     if checkpoint is None and config.run.resume == "must":
         raise ConfigError("run.resume", f"must, but {folder.path} holds no checkpoint; set it to auto")
     if checkpoint is not None:
         _check_same_experiment(config, parse_config(checkpoint.config))
         if checkpoint.step > config.train.steps:
-            raise ConfigError(
-                "train.steps",
-                f"{config.train.steps}, but the run is already at step {checkpoint.step}; raise it "
-                "or choose another run.name",
-            )
+            problem = f"{config.train.steps}, but the run is already at step {checkpoint.step}"
+            raise ConfigError("train.steps", f"{problem}; raise it or choose another run.name")
     return folder
 
 
 def all_damaged(warnings: list[str]) -> ConfigError:
-    """The refusal of a run that no checkpoint can continue."""
+    """The error for a run whose checkpoints are all damaged."""
     problem = warnings[0].split("; ")[0]
     return ConfigError("run.dir", f"{problem}, and so is every other one; choose another run.name")
 
@@ -52,16 +46,14 @@ def _check_usable(folder: RunFolder) -> None:
     path = folder.path
     if path.is_dir():
         if any(path.iterdir()) and not _is_run(folder):
-            raise ConfigError(
-                "run.dir", f"{path} holds files that are no run's; choose an empty or new folder"
-            )
+            raise ConfigError("run.dir", f"{path} holds other files and no run; choose a new folder")
     elif path.exists():
         raise ConfigError("run.dir", f"{path} is a file; choose a folder")
     parent = path.absolute()
     while not parent.exists():
         parent = parent.parent
     try:
-        tempfile.TemporaryDirectory(dir=parent).cleanup()  # asks the file system itself, whoever the user is
+        tempfile.TemporaryDirectory(dir=parent).cleanup()  # root passes permission checks but not this one
     except OSError as error:
         raise ConfigError("run.dir", f"{path} cannot be written ({error.strerror}); choose another") from None
 
@@ -88,7 +80,5 @@ def _check_same_experiment(new: Config, saved: Config) -> None:
     ]
     if changed:
         keys = ", ".join(f"{key} (was {saved_values[key]!r}, now {new_values[key]!r})" for key in changed)
-        raise ConfigError(
-            changed[0],
-            f"differs from the run in {new.run.dir}: {keys}; restore it, or choose another run.name",
-        )
+        problem = f"differs from the run in {new.run.dir}: {keys}"
+        raise ConfigError(changed[0], f"{problem}; restore it, or choose another run.name")

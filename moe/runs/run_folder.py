@@ -27,7 +27,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"  # a folder per checkpoint
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json`, in one piece: who finds it finds all of it."""
+        """Write `summary.json` atomically."""
         scratch = self.summary.with_suffix(".partial")
         scratch.write_text(json.dumps(summary, indent=1))
         scratch.replace(self.summary)

@@ -1,5 +1,6 @@
 """What a run is and what came of it: the overview that it prints at the start, and `summary.json`."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -34,23 +35,21 @@ def overview(config: Config, counts: ModelCounts, world_size: int, device: str) 
 
 
 def summarize(
-    metrics: list[dict[str, Any]],
-    counts: ModelCounts,
     config: Config,
-    wall_s: float,
-    device_s: float,
+    counts: ModelCounts,
+    metrics: list[dict[str, Any]],
+    spent: Mapping[str, float],
     gpu: GPU | None,
 ) -> dict[str, Any]:
-    """The figures of `summary.json`.
+    """The content of `summary.json`.
 
     Args:
-        metrics: lines of `metrics.jsonl`.
-        counts: counts of the model.
         config: its section `cost` holds the rates.
-        wall_s: seconds from the first step on, evaluation and saving included, over all resumed parts.
-        device_s: the same, times the GPUs (or CPU processes) of each part.
-        gpu: what they are, in the last part; None: unknown, and without `cost.*` so are utilisation, money
-            and energy.
+        counts: of the model.
+        metrics: lines of `metrics.jsonl`.
+        spent: `wall_s`, seconds from the first step on over all resumed parts, with evaluation and saving;
+            `device_s`, the same times the GPUs (or CPU processes) of each part.
+        gpu: those of the last part. None: not known, and without `cost.*` neither are money and energy.
     """
     train = [line for line in metrics if "loss/lm" in line]
     last_evaluation = next(line for line in reversed(metrics) if "eval/loss" in line)
@@ -65,7 +64,7 @@ def summarize(
         "final_eval_loss": last_evaluation["eval/loss"],
         "final_bits_per_byte": last_evaluation["eval/bits_per_byte"],
         "tokens": train[-1]["tokens"],
-        "wall_s": wall_s,
+        "wall_s": spent["wall_s"],
         "tokens_per_s": tokens_per_step / mean_step_s,
-        "cost": asdict(training_cost(flops, device_s, gpu, config.cost)),
+        "cost": asdict(training_cost(flops, spent["device_s"], gpu, config.cost)),
     }

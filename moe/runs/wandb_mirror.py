@@ -15,8 +15,8 @@ _PATIENCE_S = 30.0
 class WandbMirror:
     """Best-effort copy of the metrics on Weights & Biases, from a thread of its own.
 
-    Whatever W&B does (fail, block, be offline), training neither waits nor stops; the first error is printed
-    and ends the mirror.
+    Whether W&B fails, blocks or is offline, training neither waits nor stops. The first error is printed and
+    ends the mirror.
     """
 
     def __init__(self, config: Config, folder: Path):
@@ -29,7 +29,7 @@ class WandbMirror:
         self._lines.put(dict(line))
 
     def close(self) -> None:
-        """Wait until the queue is sent, at most half a minute."""
+        """Wait until the queue is sent, for at most half a minute."""
         self._lines.put(None)
         self._thread.join(_PATIENCE_S)
 
@@ -38,7 +38,7 @@ class WandbMirror:
             import wandb
 
             if config.log.wandb == "online" and wandb.api.api_key is None:
-                raise ValueError("no API key; run wandb login")  # else it would ask on the terminal and wait
+                raise ValueError("no API key; run wandb login")  # or wandb asks for it and waits
             run = wandb.init(
                 project=config.log.wandb_project,
                 name=config.run.name,
@@ -52,6 +52,6 @@ class WandbMirror:
             run.finish()
         except Exception as error:  # best effort by contract
             print(
-                f"W&B stopped ({first_line(error)}); training goes on, metrics.jsonl is complete",
+                f"W&B stopped ({first_line(error)}); training continues, metrics.jsonl is complete",
                 file=sys.stderr,
             )

@@ -1,4 +1,4 @@
-"""The settings handed to DeepSpeed. Nothing here imports it, or torch: the memory estimate reads them too."""
+"""The settings for DeepSpeed. Imports neither DeepSpeed nor torch, since the memory estimate reads it too."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ REDUCE_BUCKET = {"cpu": 4_000_000, "cuda": 50_000_000}
 
 
 def deepspeed_config(config: Config, world_size: int, device: str) -> dict[str, Any]:
-    """DeepSpeed's JSON configuration for a run on so many ranks of `cpu` or `cuda`."""
+    """DeepSpeed's JSON configuration for a run; `device` is `cpu` or `cuda`."""
     settings = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,

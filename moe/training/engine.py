@@ -29,7 +29,7 @@ class GradNorms(NamedTuple):
     """L2 norms of the gradient of one update, before clipping; a parameter counts once, wherever it lives.
 
     `total` is DeepSpeed's, which the clipping uses; the others are summed up here, and their squares add up
-    to its square. None where a model has no such parameters.
+    to its square. None if the model has no such parameters.
     """
 
     total: float
@@ -142,7 +142,7 @@ class Engine:
         """End a micro batch; with the last one of a global batch, clip and update.
 
         Returns:
-            The norms of the update's gradient; None where there was no update.
+            The norms of the update's gradient; None if there was no update.
         """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -163,9 +163,8 @@ class Engine:
 
     def _grad_norms(self, total: float) -> GradNorms:
         self.sum_over_ranks(self._squares)
-        shrunk = (
-            max(1.0, (total + 1e-6) / self._grad_clip) if self._grad_clip else 1.0
-        )  # ZeRO divided by this
+        clip = self._grad_clip
+        shrunk = max(1.0, (total + 1e-6) / clip) if clip else 1.0  # what ZeRO divided the gradient by
         norms = dict(zip(_FAMILIES, (self._squares.sqrt() * shrunk).tolist(), strict=True))
         present = {_family(role) for role in self._roles.values()}
         return GradNorms(total, **{name: norms[name] if name in present else None for name in _FAMILIES})
@@ -203,7 +202,7 @@ def _split_experts(model: nn.Module, groups: list[dict[str, Any]], ep_size: int)
             self.enable_expert_tensor_parallelism = False
 
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-            """The groups exist."""
+            """Nothing to do: the groups exist."""
 
     for module in list(model.modules()):
         if isinstance(module, GroupedExperts):
@@ -214,9 +213,7 @@ def _split_experts(model: nn.Module, groups: list[dict[str, Any]], ep_size: int)
 
 
 def _quiet_deepspeed() -> None:
-    warnings.filterwarnings(
-        "ignore", message=r"`torch.distributed.all_gather_into_tensor`", category=FutureWarning
-    )
+    warnings.filterwarnings("ignore", r"`torch.distributed.all_gather_into_tensor`", FutureWarning)
     for name, logger in logging.root.manager.loggerDict.items():
         if name.lower().startswith("deepspeed") and isinstance(logger, logging.Logger):
             logger.setLevel(logging.ERROR)

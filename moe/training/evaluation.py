@@ -13,7 +13,7 @@ from moe.training.engine import Engine
 
 @torch.no_grad()
 def evaluate(engine: Engine, corpus: TokenizedCorpus, config: Config) -> dict[str, float]:
-    """Evaluate on `train.eval_batches` global batches, or on the whole split where that is less.
+    """Evaluate on `train.eval_batches` global batches, or on the whole split if that is less.
 
     The samples and the mean over them depend on neither the topology nor the micro batch. Training state,
     counters and random numbers are untouched.

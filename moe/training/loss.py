@@ -11,17 +11,11 @@ from moe.model.transformer import TransformerOutput
 
 
 class TrainingLoss(NamedTuple):
-    """The loss of one micro batch.
+    """The loss of one micro batch."""
 
-    Attributes:
-        total: () what is differentiated.
-        lm: () its cross-entropy, nats per token.
-        aux: what the MoE layers report, stacked over layers; None in a dense model.
-    """
-
-    total: Tensor
-    lm: Tensor
-    aux: MoEAux | None
+    total: Tensor  # () what is differentiated
+    lm: Tensor  # () its cross-entropy, nats per token
+    aux: MoEAux | None  # what the MoE layers report, stacked over layers; None in a dense model
 
 
 def training_loss(output: TransformerOutput, targets: Tensor, moe: MoEConfig) -> TrainingLoss:

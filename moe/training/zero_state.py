@@ -67,8 +67,8 @@ class ZeroState:
         """This rank's part of a parameter: the flat fp32 tensor it is in, and its places in both.
 
         ZeRO flattens the parameters of a group, splits the result over the ranks and records in `_hp_mapping`
-        which slice of a parameter fell to this rank. DeepSpeed's own accessors are no help: they link the
-        moments before every group has been stepped.
+        which slice of a parameter fell to this rank. DeepSpeed's own accessors do not work here: they
+        link the moments before every group has been stepped.
         """
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:

@@ -1,0 +1,81 @@
+"""report.html, results.csv and the figures."""
+
+import csv
+import html
+import json
+
+import pytest
+from scipy import stats
+
+from moe.ablation.html_report import write_report
+from moe.accounting.counts import count_parameters
+from tests.support.finished_runs import SHAPES, comparisons_of, config_of, write_run
+
+
+def test_runs_of_other_settings_are_not_compared(ablation):
+    write_run(ablation / "other", ["moe.num_experts=8", "optim.lr=1e-3"], 0, 2.5)
+    write_run(ablation / "rounded", ["moe.num_experts=8", "parallel.precision=bf16"], 0, 2.5)
+    write_run(ablation / "shown_oftener", ["moe.num_experts=2", "train.eval_interval=77"], 0, 2.9)
+    sets = comparisons_of(ablation)
+    assert {found.title: len(found.cells) for found in sets} == {
+        "optim.lr=0.003, parallel.precision=fp32": 6,
+        "optim.lr=0.001, parallel.precision=fp32": 1,
+        "optim.lr=0.003, parallel.precision=bf16": 1,
+    }
+    write_report(ablation)
+    assert (ablation / "report.html").read_text().count("<h2>What it shows</h2>") == 3
+    assert (ablation / "speed_3.png").exists()
+
+
+def test_the_table_holds_every_cell_and_what_is_unfinished_or_quick_is_said(ablation):
+    record = [
+        {"cell": "num_experts=64", "seed": 1, "finished": False, "exit_code": 1},
+        {"cell": "num_experts=64", "seed": 2, "finished": False, "exit_code": None},
+        {"cell": "x", "seed": 0, "finished": True},
+    ]
+    (ablation / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in record))
+    (ablation / "plan.json").write_text('{"quick": true, "cells": {}}')
+    said = write_report(ablation)
+    assert said[0].startswith("A quick ablation")
+    failed, missing = "num_experts=64 seed 1 (exit code 1)", "num_experts=64 seed 2"
+    assert said[1] == f"Not finished, so not included: {failed}; {missing}."
+    page = (ablation / "report.html").read_text()
+    assert all(html.escape(one) in page for one in said)
+    with (ablation / "results.csv").open() as file:
+        rows = {row["cell"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 5
+    eight = rows["num_experts=8"]
+    assert (eight["experts"], eight["top_k"], eight["seeds"]) == ("8", "2", "3")
+    assert eight["baseline"] == "dense,width=512"
+    assert float(eight["loss"]) == pytest.approx(2.90)
+    assert (float(eight["usd"]), eight["kwh"]) == (1.5, "")
+    assert float(eight["flops"]) == 1228800 * 7_498_752
+    assert rows["dense,width=512"]["difference"] == ""
+    assert (ablation / "usd.png").exists()
+    assert not (ablation / "kwh.png").exists()
+
+
+def test_two_sets_of_runs_are_compared_by_the_paired_t_test_over_their_seeds(tmp_path):
+    """Folders of any names. The losses of both vary with the seed by ten times what tells them apart."""
+    sparse, dense = [3.21, 3.65, 2.78, 3.30], [3.26, 3.68, 2.84, 3.33]
+    for seed in range(4):
+        write_run(tmp_path / f"tiny-{seed}", SHAPES["8"][0], seed, sparse[seed], 800.0 + seed)
+        write_run(tmp_path / f"tiny_dense-{seed}", SHAPES["dense"][0], seed, dense[seed])
+    said = write_report(tmp_path)
+    expected = stats.ttest_rel(sparse, dense).confidence_interval(0.95)
+    mean = sum(sparse) / 4 - sum(dense) / 4
+    with (tmp_path / "results.csv").open() as file:
+        rows = {row["cell"]: row for row in csv.DictReader(file)}
+    row = rows["sparse"]
+    found = [float(row[key]) for key in ("difference", "difference_low", "difference_high")]
+    assert found == pytest.approx([mean, expected.low, expected.high])
+    shown = f"{mean:+.4f} [{expected.low:+.4f}, {expected.high:+.4f}]"
+    assert said[0].startswith("Better than dense ")
+    assert f"sparse {shown}" in said[0]
+    assert f"<td>{shown}</td>" in (tmp_path / "report.html").read_text()
+    for name, speed in (("8", 801.5), ("dense", 1000.0)):
+        counts, row = count_parameters(config_of(SHAPES[name][0])), rows["sparse" if name == "8" else name]
+        assert int(row["params_total"]) == counts.total
+        assert int(row["params_active"]) == counts.active_all
+        assert int(row["flops_per_token"]) == counts.flops_per_token_train
+        assert float(row["tokens_per_s"]) == speed

@@ -1,0 +1,50 @@
+"""Which finished runs make up a cell, and what it is called."""
+
+import pytest
+
+from moe.ablation.html_report import write_report
+from moe.ablation.results import read_runs
+from moe.config import ConfigError
+from tests.support.finished_runs import SHAPES, comparisons_of, write_run
+
+
+def test_runs_that_differ_in_their_seed_are_a_cell_named_by_what_differs(ablation):
+    ((*cells,),) = [found.cells for found in comparisons_of(ablation)]
+    labels = ["dense,width=512", "dense,width=2048", "num_experts=4", "num_experts=8", "num_experts=16"]
+    assert [cell.label for cell in cells] == labels
+    assert [sorted(cell.runs) for cell in cells] == [[0, 1, 2]] * 5
+    assert cells[2].mean("moe/load_imbalance") == 2.0  # the last tenth of twelve lines is one
+
+
+def test_dense_runs_of_another_width_are_another_cell_also_by_shared_experts(tmp_path):
+    write_run(tmp_path / "a", [*SHAPES["dense"][0]], 0, 3.0)
+    write_run(tmp_path / "b", [*SHAPES["dense"][0], "moe.num_shared_experts=1"], 0, 2.9)
+    (found,) = comparisons_of(tmp_path)
+    totals = [cell.counts.total for cell in found.cells]
+    assert totals[1] - totals[0] == 4 * 3 * 128 * 512  # by hand: layers, matrices, their sides
+
+
+def test_cells_of_an_ablation_keep_its_names_and_a_dense_one_is_marked(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "runs" / "num_experts=1" / f"seed-{seed}", SHAPES["dense"][0], seed, 3.0)
+        write_run(tmp_path / "runs" / "anything" / f"seed-{seed}", SHAPES["8"][0], seed, 2.9)
+    (found,) = comparisons_of(tmp_path)
+    assert [cell.label for cell in found.cells] == ["num_experts=1 (dense)", "anything"]
+
+
+def test_dense_runs_that_differ_in_routing_are_one_cell_and_a_copy_is_left_out(tmp_path):
+    write_run(tmp_path / "a", SHAPES["dense"][0], 0, 3.0)
+    write_run(tmp_path / "b", [*SHAPES["dense"][0], "moe.aux_loss_coef=0.5"], 1, 3.1)
+    write_run(tmp_path / "c", SHAPES["dense"][0], 0, 3.2)
+    (found,) = comparisons_of(tmp_path)
+    assert [cell.losses for cell in found.cells] == [{0: 3.0, 1: 3.1}]
+    assert write_report(tmp_path)[0] == "Left out because another run has the same settings and seed: c."
+
+
+def test_what_is_no_run_is_refused(ablation):
+    with pytest.raises(ConfigError, match="holds no finished run"):
+        read_runs(ablation / "dense-0" / "checkpoints")
+    for summary in ("{", "{}", "[]"):
+        (ablation / "dense-0" / "summary.json").write_text(summary)
+        with pytest.raises(ConfigError, match="but not a complete run of train.py"):
+            read_runs(ablation)

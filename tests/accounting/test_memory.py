@@ -1,0 +1,127 @@
+"""Memory of a rank: the estimate against the measured peak, part by part."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moe.accounting.memory import estimate_memory
+from moe.config import load_config, parse_config
+from moe.model.transformer import Transformer
+from tests.support.launching import free_port, stopped_at_the_end
+from tests.support.paths import ROOT, TINY
+
+WEIGHTS = ["model.d_model=512", "model.n_heads=8", "moe.d_ff_expert=512", "train.global_batch_size=4"]
+ACTIVATIONS = ["model.d_model=256", "moe.d_ff_expert=512", "train.global_batch_size=16"]
+DENSE = ["moe.num_experts=1", "moe.top_k=1", "moe.d_ff_expert=1024"]
+WIDE_LOGITS = [  # recomputation, and logits as large as a block
+    "model.d_model=256", "moe.num_experts=4", "moe.top_k=4", "model.vocab_size=3072",
+    "train.micro_batch_size=16", "train.activation_checkpointing=true",
+]  # fmt: skip
+MANY_EXPERTS = [  # recomputation, and gradients larger than what is kept
+    "model.d_model=256", "moe.num_experts=16", "moe.d_ff_expert=256", "moe.top_k=8", "model.vocab_size=64",
+    "train.micro_batch_size=8", "train.global_batch_size=16", "train.activation_checkpointing=true",
+]  # fmt: skip
+MEASURED = {
+    1: [
+        [*WEIGHTS, "train.micro_batch_size=4"],
+        [*WEIGHTS, "train.micro_batch_size=2", "parallel.zero_stage=2", "moe.num_shared_experts=1"],
+        [*ACTIVATIONS, "train.micro_batch_size=16"],
+        [*ACTIVATIONS, "train.micro_batch_size=16", "train.activation_checkpointing=true"],
+        [*ACTIVATIONS, "train.micro_batch_size=8", "model.qk_norm=true", "parallel.zero_stage=2"],
+        [*ACTIVATIONS, "train.micro_batch_size=16", *DENSE],
+        [*ACTIVATIONS, "train.micro_batch_size=16", "moe.capacity_factor=0.5"],
+        [*WIDE_LOGITS, "train.global_batch_size=16"],
+        [*WIDE_LOGITS, "train.global_batch_size=32"],
+    ],
+    2: [
+        [*WEIGHTS, "train.micro_batch_size=2"],
+        [*WEIGHTS, "train.micro_batch_size=2", "parallel.ep_size=2"],
+        [*WEIGHTS, "train.micro_batch_size=1", "parallel.ep_size=2", "parallel.zero_stage=2"],
+        [*ACTIVATIONS, "train.micro_batch_size=8", "parallel.ep_size=2", "moe.top_k=4"],
+        [
+            *ACTIVATIONS,
+            "train.micro_batch_size=8",
+            "parallel.ep_size=2",
+            "train.activation_checkpointing=true",
+        ],
+        MANY_EXPERTS,
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", MEASURED)
+def test_the_estimate_is_within_15_percent_of_the_measured_peak(world_size):
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.support.memory_probe", json.dumps(MEASURED[world_size])],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    with stopped_at_the_end(*ranks):
+        printed = [rank.communicate(timeout=300)[0] for rank in ranks]
+    ratios = [estimate / peak for peak, estimate in json.loads(printed[0].splitlines()[-1])]
+    assert len(ratios) == len(MEASURED[world_size])
+    assert all(0.85 <= ratio <= 1.15 for ratio in ratios), ratios
+
+
+def test_states_are_split_as_zero_splits_them():
+    config = parse_config(
+        {
+            "model": {"vocab_size": 100},
+            "parallel": {"ep_size": 4, "zero_stage": 2, "precision": "bf16"},
+            "train": {"micro_batch_size": 1},
+        }
+    )
+    routed = 4 * 8 * 3 * 128 * 512  # layers, experts, matrices, widths
+    others = 100 * 128 + 4 * (4 * 128 * 128 + 2 * 128 + 8 * 128) + 128
+    memory = estimate_memory(config, 8, "cpu")
+    assert memory.weights == 2 * (others + routed // 4)
+    assert memory.optimizer == 12 * ((others + routed) // 8)
+    assert memory.gradients == memory.update == 4 * ((others + routed) // 8)
+    assert sum(memory.by_part().values()) > memory.peak > memory.weights + memory.optimizer
+
+
+SHAPES = [
+    ["moe.num_shared_experts=1", "model.n_kv_heads=2"],
+    ["moe.first_dense_layers=2", "model.qk_norm=true"],
+    ["moe.num_experts=1", "moe.top_k=1"],
+    ["moe.top_k=6", "model.tie_embeddings=true"],
+    ["model.d_ff=1024", "moe.every_n_layers=2", "model.head_dim=64"],
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=[shape[0] for shape in SHAPES])
+def test_activations_are_the_tensors_that_autograd_keeps(shape, precision):
+    config = load_config(TINY, ["model.vocab_size=512", *shape, f"parallel.precision={precision}"])
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = Transformer(config).to(dtype)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(0, 512, (config.train.micro_batch_size, config.data.seq_len))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(tokens)
+    assert output.logits.requires_grad
+    assert estimate_memory(config, 1, "cpu").activations == pytest.approx(sum(kept.values()), rel=0.02)

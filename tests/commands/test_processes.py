@@ -1,0 +1,66 @@
+"""One run in processes of its own: interrupted, killed, and continued by fewer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import train
+from tests.support.launching import stopped_at_the_end
+from tests.support.paths import TRAIN
+from tests.support.runs import assert_same_run
+from tests.support.training import train_on_ranks
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_real_process_saves_and_says_how_to_resume(small, tmp_path):
+    command = [sys.executable, str(TRAIN), *small, f"run.dir={tmp_path / 'run'}", "train.steps=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with stopped_at_the_end(process):
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 5/"):
+                break
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped and saved at step" in out
+    assert "Traceback" not in err
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_from_its_last_checkpoint(small, short_samples, tmp_path, capsys):
+    """Two processes are killed, the second after it resumed; this process goes on."""
+    overrides = [*small, "train.steps=80", "train.eval_interval=40", "train.checkpoint_interval=10"]
+    call = [*overrides, f"run.dir={tmp_path / 'killed'}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: sums depend on the threads
+    for kill_at in (22, 44):
+        process = subprocess.Popen(
+            [sys.executable, str(TRAIN), *call], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        with stopped_at_the_end(process):
+            assert process.stdout is not None
+            for line in process.stdout:
+                if "/80: loss" in line and int(line.split()[1].split("/")[0]) >= kill_at:
+                    break
+        assert process.returncode == -signal.SIGKILL
+    assert train.main(call) == 0
+    assert "resumed from" in capsys.readouterr().out
+    assert train.main([*overrides, f"run.dir={tmp_path / 'whole'}"]) == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_device_hours_are_those_of_the_ranks_that_each_part_had(small, short_samples, tmp_path):
+    run = tmp_path / "run"
+    train_on_ranks(2, [*small, f"run.dir={run}", "train.steps=8"])
+    saved = json.loads((run / "checkpoints" / "step-00000008" / "manifest.json").read_text())
+    first_part = saved["info"]["wall_s"]
+    assert train.main([*small, f"run.dir={run}", "train.steps=12"]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    second_part = summary["wall_s"] - first_part
+    assert second_part > 0
+    assert 3600 * summary["cost"]["device_hours"] == pytest.approx(2 * first_part + second_part)

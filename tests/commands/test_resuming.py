@@ -1,0 +1,146 @@
+"""Runs that were stopped, damaged, finished or poisoned, and go on."""
+
+import signal
+
+import torch
+import torch.nn.functional as F
+
+import train
+from moe.training.engine import Engine
+from moe.training.stop_request import StopRequest
+from tests.support.runs import assert_same_run, final_state, read_lines
+
+
+def test_resuming_twice_in_a_row_is_bit_exact(run_main):
+    """The learning rates and the sample order of an interrupted run are those of the whole one."""
+    _, whole, _, _ = run_main(folder="whole")
+    real_step = Engine.step
+    for stop_after in (4, 8):
+
+        def step_then_interrupt(self, lr, stop_after=stop_after):
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls == 2 * (4 if stop_after == 8 else stop_after):  # two micro batches a step
+                signal.raise_signal(signal.SIGINT)
+            return real_step(self, lr)
+
+        Engine.step = step_then_interrupt
+        try:
+            code, run, out, _ = run_main(folder="interrupted")
+        finally:
+            Engine.step = real_step
+        assert code == 130
+        assert f"stopped and saved at step {stop_after} of 12" in out
+        assert not (run / "summary.json").exists()
+    code, run, out, _ = run_main(folder="interrupted")
+    assert code == 0
+    assert "resumed from" in out
+    assert_same_run(run, whole)
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(run_main):
+    _, run, _, _ = run_main()
+    whole = read_lines(run)
+    (run / "summary.json").unlink()
+    for path in (run / "checkpoints").glob("step-00000012*"):
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "loss/')  # a line that a killed run left unfinished
+    code, run, out, _ = run_main()
+    assert code == 0
+    assert "step-00000008" in out
+    assert read_lines(run) == whole
+
+
+def test_a_damaged_newest_checkpoint_is_replaced_by_the_one_before_with_a_warning(run_main):
+    _, run, _, _ = run_main()
+    whole = final_state(run)
+    (run / "summary.json").unlink()
+    weights = run / "checkpoints" / "step-00000012" / "00000-00000.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    code, run, out, err = run_main()
+    assert code == 0
+    assert "step-00000012 is damaged (00000-00000.safetensors does not match its checksum)" in err
+    assert "resumed from" in out
+    assert (run / "checkpoints" / "damaged-step-00000012").exists()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in final_state(run).items())
+
+
+def test_a_finished_run_is_left_alone_and_can_be_prolonged(run_main):
+    _, run, _, _ = run_main()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    code, _, out, _ = run_main()
+    assert code == 0
+    assert "is finished; raise train.steps" in out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    code, run, _, _ = run_main("train.steps=14")
+    assert code == 0
+    assert read_lines(run)[-1]["step"] == 14
+    assert run_main("train.steps=13")[0] == 2
+
+
+def test_what_a_resumed_run_may_change(run_main):
+    code, run, _, _ = run_main("train.steps=8")
+    code, run, _, _ = run_main(
+        "train.steps=12", "train.micro_batch_size=4", "parallel.zero_stage=2", "train.eval_interval=3",
+        "log.interval=2", "train.activation_checkpointing=true", "run.resume=must",
+    )  # fmt: skip
+    assert code == 0
+    assert read_lines(run)[-1]["step"] == 12
+
+
+def test_a_run_resumes_from_its_own_config_file(run_main, tmp_path):
+    _, run, _, _ = run_main("train.steps=8")
+    assert train.main([str(run / "config.yaml"), "train.steps=12"]) == 0
+    assert read_lines(run)[-1]["step"] == 12
+
+
+def test_a_prolonged_run_does_not_keep_the_old_results_while_it_runs(run_main, monkeypatch):
+    _, run, _, _ = run_main("train.steps=4")
+    assert (run / "summary.json").exists()
+    real_step = Engine.step
+    monkeypatch.setattr(
+        Engine, "step", lambda self, lr: (signal.raise_signal(signal.SIGINT), real_step(self, lr))[1]
+    )
+    monkeypatch.setattr(StopRequest, "_ask", lambda self, *_: setattr(self, "made", True))
+    assert run_main("train.steps=8")[0] == 130
+    assert not (run / "summary.json").exists()
+
+
+def test_a_non_finite_loss_stops_the_run_and_reaches_no_checkpoint(run_main, monkeypatch):
+    real = F.cross_entropy
+    calls = []
+
+    def poisoned(*arguments, **keywords):
+        calls.append(1)
+        loss = real(*arguments, **keywords)
+        return loss * float("nan") if len(calls) == 2 * 6 + 1 else loss
+
+    monkeypatch.setattr(F, "cross_entropy", poisoned)
+    code, run, _, err = run_main("train.eval_interval=12")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "step 7: loss/lm is nan" in err
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    assert all(torch.isfinite(tensor).all() for tensor in final_state(run).values())
+    assert read_lines(run)[-1]["step"] == 6
+    monkeypatch.undo()
+    assert run_main("train.eval_interval=12")[0] == 0
+
+
+def test_a_non_finite_gradient_reaches_no_checkpoint_either(run_main, monkeypatch):
+    real = Engine.step
+    monkeypatch.setattr(
+        Engine,
+        "step",
+        lambda self, lr: (
+            norms._replace(total=float("inf"))
+            if (norms := real(self, lr)) and self._deepspeed.global_steps == 8
+            else norms
+        ),
+    )
+    code, run, _, err = run_main()
+    assert code == 1
+    assert "step 8: optim/grad_norm is inf" in err
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]

@@ -1,0 +1,31 @@
+"""Which keys a resumed run may change: the list is written out here, as each one is a decision."""
+
+from moe.config import Config, flat_config, on_resume
+from moe.runs.resuming import sets_results
+
+# No result depends on these.
+FREE = """
+run.name run.dir run.resume data.revision data.cache_dir
+train.micro_batch_size train.eval_interval train.checkpoint_interval train.keep_checkpoints
+train.activation_checkpointing train.compile
+parallel.device parallel.ep_size parallel.dispatch parallel.overlap parallel.zero_stage parallel.timeout_s
+log.interval log.wandb log.wandb_project
+cost.peak_flops cost.watts cost.usd_per_hour cost.pue cost.kg_co2e_per_kwh
+"""
+# A resumed run may change these, but a finished run with another value is another result.
+EXTENDS = "train.steps parallel.precision"
+
+
+def test_exactly_these_keys_are_free():
+    assert {key for key in flat_config(Config()) if on_resume(key) == "free"} == set(FREE.split())
+
+
+def test_exactly_these_keys_extend_a_run():
+    assert {key for key in flat_config(Config()) if on_resume(key) == "extends"} == set(EXTENDS.split())
+
+
+def test_all_other_keys_are_refused_and_all_but_the_free_ones_set_results():
+    for key in flat_config(Config()):
+        may_change = key in FREE.split() or key in EXTENDS.split()
+        assert (on_resume(key) == "refused") == (not may_change), key
+        assert sets_results(key) == (key not in FREE.split()), key

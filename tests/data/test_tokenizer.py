@@ -1,0 +1,47 @@
+"""Any tokenizer.json: its end token, its gaps, and what of it is not applied."""
+
+import numpy as np
+import pytest
+import tokenizers
+
+from moe.config import ConfigError
+from moe.data.token_cache import prepare_corpus
+from moe.data.tokenizer import vocabulary_size
+from tests.support.corpora import corpus_config
+
+
+def test_a_tokenizers_truncation_and_padding_are_not_applied(tmp_path, text_file):
+    plain = prepare_corpus(corpus_config(tmp_path / "c", source=str(text_file)))
+    tokenizer = plain.tokenizer
+    tokenizer.enable_truncation(100)
+    tokenizer.enable_padding(length=100)
+    tokenizer.save(str(tmp_path / "t.json"))
+    prepared = prepare_corpus(
+        corpus_config(tmp_path / "c", source=str(text_file), tokenizer=str(tmp_path / "t.json"))
+    )
+    assert np.array_equal(prepared.train, plain.train)
+
+
+def test_a_vocabulary_with_gaps_gets_the_rows_of_its_largest_id(tmp_path, text_file):
+    model = tokenizers.models.WordLevel({"<unk>": 0, "</s>": 900, "def": 70000}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "t.json"))
+    prepared = prepare_corpus(
+        corpus_config(tmp_path / "c", source=str(text_file), tokenizer=str(tmp_path / "t.json"))
+    )
+    assert vocabulary_size(prepared.tokenizer) == 70001
+    assert set(prepared.train.tolist()) == {0, 900, 70000}
+    assert prepared.train.dtype == np.uint32
+
+
+def test_any_tokenizer_json_can_be_used_and_its_end_token_named(tmp_path, text_file):
+    model = tokenizers.models.WordLevel({"<unk>": 0, "STOP": 1, "def": 2}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "t.json"))
+    settings = {"source": str(text_file), "tokenizer": str(tmp_path / "t.json")}
+    with pytest.raises(ConfigError, match=r"data.end_token: the tokenizer has no token"):
+        prepare_corpus(corpus_config(tmp_path / "c", **settings))
+    prepared = prepare_corpus(corpus_config(tmp_path / "c", **settings, end_token="STOP"))
+    assert set(prepared.train.tolist()) == {0, 1, 2}

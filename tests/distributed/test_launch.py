@@ -1,0 +1,43 @@
+"""What a launcher tells a process, and the timeout of every process group."""
+
+import pytest
+import torch
+from torch.distributed.distributed_c10d import _world
+
+from moe.config import ConfigError
+from moe.distributed.launch import world_size
+from moe.training.engine import start
+from tests.support.engines import batches, loss_of, make_config, make_engine
+from tests.support.ranks import run_ranks
+
+
+def test_half_a_launchers_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE: is set but .*MASTER_PORT not; use torchrun"):
+        world_size()
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    assert world_size() == 1
+
+
+def timeouts_of_all_groups():
+    config = make_config(
+        parallel={"ep_size": 2, "timeout_s": 77.0}, train={"global_batch_size": 8, "micro_batch_size": 2}
+    )
+    world = start(config.parallel)
+    engine = make_engine(config, world)
+    mine = batches(1)[0][2 * world.rank : 2 * world.rank + 2]
+    engine.backward(loss_of(engine(mine[:, :-1]), mine, config))
+    engine.step(1e-3)
+    cpu = torch.device("cpu")
+    return {
+        _world.pg_names[group]: group._get_backend(cpu).options._timeout.total_seconds()
+        for group in _world.pg_map
+    }
+
+
+def test_every_process_group_has_the_timeout():
+    for timeouts in run_ranks(4, timeouts_of_all_groups):
+        assert len(timeouts) >= 3  # all ranks, those that split the experts, and those that hold the same
+        assert set(timeouts.values()) == {77.0}, timeouts

@@ -1,0 +1,64 @@
+"""Which experts the router picks, and with what weights."""
+
+import pytest
+import torch
+
+from moe.model.router import Router
+
+
+def make_router(top_k, normalize, num_experts=4, dtype=torch.float32):
+    torch.manual_seed(0)
+    router = Router(8, num_experts, top_k, normalize)
+    with torch.no_grad():
+        router.weight.normal_()
+    return router.to(dtype)
+
+
+def test_hand_written_logits_give_hand_worked_gates():
+    router = Router(3, 3, 2, normalize_gate_weights=True)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(3))
+    out = router(torch.tensor([[4.0, 1.0, 2.0]]).log())  # softmax: 4/7, 1/7, 2/7
+    assert out.expert_indices.tolist() == [[0, 2]]
+    torch.testing.assert_close(out.gate_weights, torch.tensor([[4 / 6, 2 / 6]]))
+    router.normalize_gate_weights = False
+    torch.testing.assert_close(
+        router(torch.tensor([[4.0, 1.0, 2.0]]).log()).gate_weights, torch.tensor([[4 / 7, 2 / 7]])
+    )
+
+
+@pytest.mark.parametrize("top_k", [2, 3, 4])
+def test_normalised_gate_weights_sum_to_one(top_k):
+    out = make_router(top_k, True)(torch.randn(50, 8))
+    torch.testing.assert_close(out.gate_weights.sum(1), torch.ones(50))
+
+
+@pytest.mark.parametrize(("top_k", "normalize"), [(1, False), (2, False), (2, True), (3, True), (4, True)])
+def test_the_router_learns_from_the_main_loss_for_every_k(top_k, normalize):
+    router = make_router(top_k, normalize)
+    out = router(torch.randn(50, 8))
+    values = torch.randn(4)  # what each expert would contribute
+    (out.gate_weights * values[out.expert_indices]).sum().backward()
+    assert router.weight.grad.abs().max() > 1e-3
+
+
+def test_top_1_with_normalisation_is_refused():
+    with pytest.raises(AssertionError, match="constant 1"):
+        Router(8, 4, 1, normalize_gate_weights=True)
+
+
+def test_the_router_computes_in_fp32_under_bf16():
+    router = make_router(2, True, dtype=torch.bfloat16)
+    hidden = torch.randn(20, 8, dtype=torch.bfloat16)
+    out = router(hidden)
+    assert {out.router_logits.dtype, out.router_probs.dtype, out.gate_weights.dtype} == {torch.float32}
+    expected = hidden.double() @ router.weight.double().T
+    torch.testing.assert_close(out.router_logits.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_exact_ties_still_choose_distinct_experts():
+    router = Router(8, 4, 3, normalize_gate_weights=True)
+    with torch.no_grad():
+        router.weight.zero_()
+    indices = router(torch.randn(10, 8)).expert_indices
+    assert all(len(set(row)) == 3 for row in indices.tolist())

@@ -1,0 +1,82 @@
+"""The mirror on Weights & Biases: whatever it does, training goes on."""
+
+import json
+import sys
+import time
+import types
+
+import pytest
+
+from tests.support.runs import read_lines
+
+
+def fake_wandb(**behaviour):
+    module = types.ModuleType("wandb")
+    module.logged = []
+
+    class Run:
+        def log(self, line, step):
+            behaviour.get("log", lambda: None)()
+            module.logged.append((step, line))
+
+        def finish(self):
+            behaviour.get("finish", lambda: None)()
+
+    def init(**keywords):
+        behaviour.get("init", lambda: None)()
+        module.arguments = keywords
+        return Run()
+
+    module.init, module.Settings = init, dict
+    module.api = types.SimpleNamespace(api_key=behaviour.get("key", "secret"))
+    return module
+
+
+def fail():
+    raise RuntimeError("the network is down")
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_a_failing_wandb_changes_nothing(run_main, monkeypatch, where):
+    _, plain, _, _ = run_main("train.steps=3", folder="plain")
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(**{where: fail}))
+    code, run, _, err = run_main("train.steps=3", "log.wandb=online", folder="mirrored")
+    assert code == 0
+    assert err == "W&B stopped (the network is down); training continues, metrics.jsonl is complete\n"
+    assert read_lines(run) == read_lines(plain)
+
+
+def test_wandb_online_without_a_key_never_asks_on_the_terminal(run_main, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(key=None, init=lambda: input("1, 2 or 3?")))
+    code, _, _, err = run_main("train.steps=3", "log.wandb=online")
+    assert code == 0
+    assert err.startswith("W&B stopped (no API key; run wandb login)")
+
+
+def test_a_blocking_wandb_never_blocks_the_run(run_main, monkeypatch):
+    monkeypatch.setattr("moe.runs.wandb_mirror._PATIENCE_S", 0.5)
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(init=lambda: time.sleep(60)))
+    start = time.perf_counter()
+    assert run_main("train.steps=3", "log.wandb=online")[0] == 0
+    assert time.perf_counter() - start < 20
+
+
+def test_wandb_gets_every_line_under_its_step(run_main, monkeypatch):
+    module = fake_wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    code, run, _, _ = run_main("train.steps=3", "log.wandb=online", "log.wandb_project=mine")
+    assert code == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert module.arguments["project"] == "mine"
+    assert module.arguments["config"]["moe.num_experts"] == 4
+    assert module.logged == [
+        (line["step"], {k: v for k, v in line.items() if v is not None}) for line in lines
+    ]
+
+
+@pytest.mark.slow
+def test_the_real_wandb_writes_an_offline_run(run_main):
+    code, run, _, err = run_main("train.steps=3", "log.wandb=offline")
+    assert code == 0
+    assert "W&B stopped" not in err
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))

@@ -1,0 +1,1 @@
+"""What tests share: paths, small models and runs, real ranks, launched processes."""

@@ -1,0 +1,64 @@
+"""Measure, as one rank, the growth of resident memory over two training steps of each configuration given.
+
+The parent sets MALLOC_MMAP_THRESHOLD_, so that glibc returns memory as soon as it is freed and the peak is
+that of what is alive.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from moe.accounting.memory import estimate_memory
+from moe.config import Config, load_config
+from moe.dispatch.all_to_all import choose_dispatcher
+from moe.distributed.groups import World
+from moe.model.transformer import Transformer
+from moe.training.engine import Engine, start
+from moe.training.loss import training_loss
+from tests.support.paths import TINY
+
+
+def resident(field: str) -> int:
+    """Bytes of `VmRSS`, now, or `VmHWM`, at most since the last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def two_steps(config: Config, world: World) -> None:
+    """Two steps on random tokens, as train.py takes them; the parts of each step and nothing else."""
+    torch.manual_seed(world.rank)
+    engine = Engine(Transformer(config, choose_dispatcher(world.groups, config.parallel)), config, world)
+    for _step in range(2):
+        for _micro in range(config.accumulation_steps(world.size)):
+            shape = (config.train.micro_batch_size, config.data.seq_len + 1)
+            tokens = torch.randint(0, config.vocab_size, shape)
+            loss = training_loss(engine(tokens[:, :-1]), tokens[:, 1:], config.moe)
+            engine.backward(loss.total)
+            engine.step(1e-3)
+
+
+def main(calls: list[list[str]]) -> None:
+    """Print the measured and the estimated peak of each list of overrides of tiny.yaml."""
+    measured, rank = [], 0
+    for i, overrides in enumerate([calls[0], *calls]):
+        config = load_config(TINY, ["model.vocab_size=1024", *overrides])
+        if i == 0:  # once for what libraries load and keep
+            config = load_config(TINY, ["model.vocab_size=1024", *overrides, "model.d_model=64"])
+        world = start(config.parallel)
+        rank = world.rank
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        two_steps(config, world)
+        measured.append(
+            (resident("VmHWM") - before, estimate_memory(config, world.size, world.device.type).peak)
+        )
+    if rank == 0:
+        print(json.dumps(measured[1:]))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
