@@ -18,6 +18,8 @@ from moe.accounting.memory import estimate_memory
 from moe.config import Config, ConfigError, changed
 
 Hold = Literal["active_flops", "total_params", "memory", "none"]
+Vary = Mapping[str, Sequence[Any]]
+Settings = Mapping[str, Any]
 # g: E, k and shared experts times g, width divided by g (Dai et al. 2024, DeepSeekMoE, section 3.1)
 GRANULARITY = "granularity"
 TOLERANCE = 0.01
@@ -41,16 +43,14 @@ class Cell:
     """One configuration of an ablation, to be trained once per seed."""
 
     name: str  # of its folders, such as `num_experts=8`
-    settings: Mapping[str, Any]  # the varied settings; for a dense baseline those that make it dense
+    settings: Settings  # the varied settings; for a dense baseline those that make it dense
     config: Config
     counts: ModelCounts
     mismatch: float  # relative deviation of the held quantity from its target; 0 if nothing is held
     is_dense: bool  # whether the model has no router
 
 
-def plan_cells(
-    config: Config, vary: Mapping[str, Sequence[Any]], hold: Hold, device: str = "cpu"
-) -> list[Cell]:
+def plan_cells(config: Config, vary: Vary, hold: Hold, device: str = "cpu") -> list[Cell]:
     """All combinations of the varied settings, and the dense baselines.
 
     The baselines have the active FLOPs of the reference, twice those, and its total parameters. The last is
@@ -67,9 +67,8 @@ def plan_cells(
     """
     known = [GRANULARITY, *(f"moe.{name}" for name in type(config.moe).model_fields)]
     if unknown := [key for key in vary if key not in known]:
-        raise ConfigError(
-            "--vary", f"{unknown[0]!r} is not granularity or a key of moe; run others one by one"
-        )
+        problem = f"{unknown[0]!r} is not granularity or a key of moe"
+        raise ConfigError("--vary", f"{problem}; set other keys with key=value, one value per ablation")
     if hold != "none" and "moe.d_ff_expert" in vary:
         raise ConfigError("--hold", f"{hold} is held by the width of the experts; use --hold none to vary it")
     measures: Mapping[Hold, Callable[[Config], float]] = {
@@ -94,9 +93,7 @@ def plan_cells(
     return list(cells.values())
 
 
-def _variants(
-    config: Config, vary: Mapping[str, Sequence[Any]], hold: Hold
-) -> Iterator[tuple[str, Mapping[str, Any], Config, Hold, float]]:
+def _variants(config: Config, vary: Vary, hold: Hold) -> Iterator[tuple[str, Settings, Config, Hold, float]]:
     """Name, settings, configuration, held quantity, and target as a multiple of the reference's quantity."""
     for values in product(*vary.values()):
         settings = dict(zip(vary, values, strict=True))
@@ -123,7 +120,7 @@ def _solve(variant: Config, measure: Callable[[Config], float], target: float) -
     return nearest, measure(nearest) / target - 1
 
 
-def _apply(config: Config, settings: Mapping[str, Any]) -> Config:
+def _apply(config: Config, settings: Settings) -> Config:
     """Apply the settings. With one expert the result is the dense model, which has no routing settings."""
     changes = {key: value for key, value in settings.items() if key != GRANULARITY}
     experts = changes.get("moe.num_experts")

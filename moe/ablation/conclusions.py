@@ -26,7 +26,10 @@ def conclusions(comparison: Comparison) -> Iterator[str]:
     said += _equivalents(comparison)
     yield from said
     if intervals := sum(one.count(" [") for one in said):
-        yield f"On average one in twenty 95 % intervals misses the true value; there are {intervals} here."
+        yield (
+            "On average one in twenty 95 % intervals misses the true value by chance; "
+            f"this comparison has {intervals} of them."
+        )
     if baseline is not None:
         others = [cell for cell in cells if cell is not baseline]
         speeds = [f"{cell.label} {cell.tokens_per_s / baseline.tokens_per_s:.2f}" for cell in others]
@@ -48,7 +51,10 @@ def _against_dense(comparison: Comparison, baseline: CellResult) -> Iterator[str
         if found := [text for its_outcome, text in texts if its_outcome == outcome]:
             yield f"{outcome.capitalize()} {baseline.label} ({what}): {'; '.join(found)}."
     if single := [cell.label for cell, d in others if d is not None and d.low is None]:
-        yield f"Only one seed in common with {baseline.label}, so differences may be chance: {'; '.join(single)}."
+        yield (
+            f"Only one seed in common with {baseline.label}, so there is no interval and a difference may be "
+            f"due to chance: {'; '.join(single)}."
+        )
     if none := [cell.label for cell, difference in others if difference is None]:
         yield f"No seed in common with {baseline.label}, so not compared: {'; '.join(none)}."
     if halves := [half for cell, _, half in known if not cell.is_dense]:

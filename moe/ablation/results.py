@@ -108,7 +108,7 @@ def _read_run(path: Path) -> Run:
         summary, metrics = None, []
     needed = {"final_eval_loss", "final_bits_per_byte", "tokens", "tokens_per_s"}
     if not isinstance(summary, dict) or not needed <= summary.keys() or not metrics:
-        raise ConfigError("DIR", f"{path} holds a summary.json, but no complete run of train.py; remove it")
+        raise ConfigError("DIR", f"{path} has a summary.json, but not a complete run of train.py; remove it")
     return Run(path, load_config(folder.config), summary, metrics)
 
 

@@ -69,9 +69,9 @@ def fit_power_law(x: Sequence[float], losses: Sequence[Mapping[int, float]]) -> 
 def equivalent_size(runs: Mapping[int, float], dense: Mapping[int, Mapping[int, float]]) -> Interval | None:
     """Parameters of the dense model with the same loss as `runs`, from a power law fitted to each seed.
 
-    `runs` maps seeds to losses, and so does `dense` for each dense size. The result is the geometric mean over
-    the seeds that all of them have in common. It is None if there are fewer than two sizes or no such seed,
-    or if for any seed the loss does not fall with size or the equivalent size is not between 1 and
+    `runs` maps seeds to losses, and so does `dense` for each dense size. The result is the geometric mean
+    over the seeds that all of them have in common. It is None if there are fewer than two sizes or no such
+    seed, or if for any seed the loss does not fall with size or the equivalent size is not between 1 and
     `_LARGEST`, because leaving out only that seed would select seeds by their outcome.
     """
     if len(dense) < 2:

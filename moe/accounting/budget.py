@@ -79,11 +79,9 @@ class Budget:
         flops = self.flops_at(mfu)
         tokens = flops / counts.flops_per_token_train
         effective = laws.effective_params(counts.active_no_input_emb, experts)
-        sections = config.model_dump(mode="json")
         return {
             "experts": experts,
-            "model": sections["model"],
-            "moe": sections["moe"],
+            **config.model_dump(mode="json", include={"model", "moe"}),
             "total": counts.total,
             "active_no_input_emb": counts.active_no_input_emb,
             "tokens": tokens,

@@ -29,8 +29,7 @@ def estimate_communication(config: Config, world_size: int) -> Communication:
     Raises:
         ConfigError: the global batch does not split evenly over the ranks.
     """
-    counts, parallel = count_parameters(config), config.parallel
-    width = bytes_per_value(config)
+    counts, parallel, width = count_parameters(config), config.parallel, bytes_per_value(config)
     micro_batches = config.accumulation_steps(world_size)
     experts = counts.by_part.get("routed_experts", 0)
     # Parameters times the share that a rank sends in a ring algorithm. An expert has world_size / ep_size

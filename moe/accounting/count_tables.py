@@ -15,7 +15,7 @@ def overview_rows(models: Sequence[ModelCounts]) -> Iterator[list[str]]:
     yield ["model", "total", "all", "embedding", "embeddings", "active", "forward", "training"]
     for model in models:
         counts = (model.total, model.active_all, model.active_no_input_emb, model.active_no_emb)
-        sizes = [f"{number:,}" for number in counts]
+        sizes = [f"{n:,}" for n in counts]
         flops = [f"{n / 1e9:,.4g}" for n in (model.flops_per_token_forward, model.flops_per_token_train)]
         yield [model.name, *sizes, f"{model.sparsity:.2f}", *flops]
 

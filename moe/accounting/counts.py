@@ -97,9 +97,8 @@ def count_parameters(config: Config) -> ModelCounts:
     model, moe, seq_len = config.model, config.moe, config.data.seq_len
     layers = tuple(_count_layer(config, layer) for layer in range(model.n_layers))
     embedding = config.vocab_size * model.d_model
-    sizes = Counter(embedding=embedding, norms=model.d_model, head=0 if model.tie_embeddings else embedding)
-    for layer in layers:
-        sizes.update(layer)
+    outside = Counter(embedding=embedding, norms=model.d_model, head=0 if model.tie_embeddings else embedding)
+    sizes = sum(map(Counter, layers), outside)
     idle = sizes["routed_experts"] * (moe.num_experts - moe.top_k) // moe.num_experts
     flops = Counter({part: 2 * size for part, size in sizes.items() if part not in ("embedding", "norms")})
     flops["head"] = 2 * embedding  # a tied head has no parameters of its own, but it multiplies

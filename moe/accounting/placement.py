@@ -32,9 +32,9 @@ class Placement:
 def placements(config: Config, world_size: int, memory_bytes: int) -> list[Placement]:
     """All combinations of `ep_size`, ZeRO stage and activation checkpointing, best first.
 
-    Placements that fit into `USABLE` of a GPU's memory come first; of these, placements without recomputation,
+    Placements that fit into `USABLE` of a GPU's memory come first; of these, those without recomputation,
     then those with the fewest bytes sent, then those with the lowest peak memory. Placements that do not fit
-    are ordered by peak memory. Everything else is as in the configuration.
+    are ordered by peak memory. All other settings are those of the configuration.
     """
     found = []
     largest = 1 if config.train.compile else min(world_size, config.moe.num_experts)

@@ -99,6 +99,11 @@ class Checkpoint:
         return self._opened[shard]
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step; `_NAME` reads the step back."""
+    return folder / f"step-{step:08d}"
+
+
 def open_checkpoint(folder: Path, step: int, check_content: bool) -> Checkpoint:
     """Read and check a manifest.
 
@@ -111,7 +116,7 @@ def open_checkpoint(folder: Path, step: int, check_content: bool) -> Checkpoint:
         CheckpointError: it is damaged.
         OSError: the file system fails.
     """
-    path = folder / f"step-{step:08d}"
+    path = checkpoint_path(folder, step)
     try:
         manifest = manifests.read_manifest(path / "manifest.json")
         if manifest.step != step:
@@ -148,7 +153,7 @@ def newest_checkpoint(folder: Path, check_content: bool = True) -> tuple[Checkpo
         problems = [problem for problem in on_all_ranks(partial(problem_with, step)) if problem]
         if not problems:
             return opened[step], warnings
-        path = folder / f"step-{step:08d}"
+        path = checkpoint_path(folder, step)
         warnings.append(f"checkpoint {path} is damaged ({problems[0]}); trying the one before")
     return None, warnings
 

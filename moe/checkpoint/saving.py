@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe.checkpoint import manifest as manifests
 from moe.checkpoint.manifest import CheckpointError, Manifest, Piece, Shard, Written
-from moe.checkpoint.reading import list_checkpoints
+from moe.checkpoint.reading import checkpoint_path, list_checkpoints
 from moe.distributed.agreement import on_all_ranks, rank_and_size
 
 _SHARD_BYTES = 2**28  # a GPU rank copies this much to the host at a time, or one fragment where that is more
@@ -68,7 +68,7 @@ def save_checkpoint(
     Raises:
         RunError: a tensor is not finite, or a rank could not write.
     """
-    final = folder / f"step-{step:08d}"
+    final = checkpoint_path(folder, step)
     scratch = folder / f".{final.name}.partial"
     rank, _ = rank_and_size()
     on_all_ranks(lambda: _clear(scratch) if rank == 0 else None)

@@ -1,7 +1,7 @@
 """Where text comes from: the standard library of the running Python, local files, or a hub dataset.
 
-A corpus is split into train and validation by a hash of what identifies a document, so that a document never
-moves between the splits when others are added.
+A corpus is split into train and validation by a hash of what identifies a document: the text of a record, or
+the path of a file, relative to the deepest folder that holds all files.
 """
 
 import glob

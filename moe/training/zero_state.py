@@ -59,8 +59,9 @@ class ZeroState:
             start = self._layouts[name].start
             for flat, inside, place in self.parts_of(parameter):
                 for kind in _KINDS:
-                    values = checkpoint.read(kind, name, start + inside.start, inside.stop - inside.start)
-                    self._of_kind(flat, kind)[place].copy_(values)
+                    self._of_kind(flat, kind)[place].copy_(  # no name: it would live through the next read
+                        checkpoint.read(kind, name, start + inside.start, inside.stop - inside.start)
+                    )
             parameter.copy_(checkpoint.read("weights", name, start, parameter.numel()).view(parameter.shape))
 
     def parts_of(self, parameter: nn.Parameter) -> Iterator[tuple[Tensor, slice, slice]]:

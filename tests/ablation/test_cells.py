@@ -1,14 +1,16 @@
 """The cells of an ablation: what is varied, what is held equal, and which dense models come with them."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.ablation.cells import plan_cells, shortened
+from moe.ablation.cells import Hold, plan_cells, shortened
 from moe.accounting.counts import count_parameters
 from moe.accounting.memory import estimate_memory
-from moe.config import ConfigError, changed, load_config
+from moe.config import Config, ConfigError, changed, load_config
 from moe.model.transformer import Transformer
 from tests.support.paths import CONFIGS
 from tests.support.paths import TINY as TINY_FILE
@@ -122,10 +124,11 @@ def test_widths_are_multiples_of_8_and_a_miss_of_more_than_1_percent_either_way_
 
 
 def test_total_parameters_and_memory_can_be_held_instead():
-    for hold, measure in (
+    measured: list[tuple[Hold, Callable[[Config], int]]] = [
         ("total_params", lambda config: count_parameters(config).total),
         ("memory", lambda config: estimate_memory(config, 1, "cpu").peak),
-    ):
+    ]
+    for hold, measure in measured:
         for cell in plan_cells(TINY, {"moe.num_experts": [4, 8, 16]}, hold):
             if not cell.is_dense:
                 assert measure(cell.config) == pytest.approx(measure(TINY), rel=0.01)

@@ -8,6 +8,7 @@ from tests.support.finished_runs import comparisons_of, config_of, write_run
 
 def test_differences_are_paired_with_the_dense_cell_of_equal_flops(ablation):
     (found,) = comparisons_of(ablation)
+    assert found.baseline is not None
     assert found.baseline.label == "dense,width=512"
     # By hand. 8 experts: -0.10 at every seed. 4: -0.05, -0.04, -0.06, standard deviation 0.01. t = 4.302653.
     eight, four = found.differences["num_experts=8"], found.differences["num_experts=4"]
@@ -30,6 +31,7 @@ def test_a_planted_power_law_is_found_along_the_experts_of_equal_flops_only(tmp_
     (found,) = comparisons_of(tmp_path)
     (curve,) = found.curves
     assert (curve.key, len(curve.cells)) == ("moe.num_experts", 5)
+    assert curve.law is not None
     assert curve.law.exponent == (pytest.approx(-0.13), None, None)
     assert max(map(abs, curve.law.residuals)) < 1e-9
     for experts in (2, 4, 8, 16, 32):  # of other FLOPs each: no law

@@ -46,5 +46,5 @@ def test_what_is_no_run_is_refused(ablation):
         read_runs(ablation / "dense-0" / "checkpoints")
     for summary in ("{", "{}", "[]"):
         (ablation / "dense-0" / "summary.json").write_text(summary)
-        with pytest.raises(ConfigError, match="but not a complete run of train.py"):
+        with pytest.raises(ConfigError, match=r"but not a complete run of train\.py"):
             read_runs(ablation)

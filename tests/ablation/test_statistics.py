@@ -1,15 +1,23 @@
 """Differences of paired runs, power laws and equivalent sizes, against hand-worked and planted ones."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from moe.ablation.statistics import equivalent_size, fit_power_law, mean_interval, paired_difference
+from moe.ablation.statistics import PowerLaw, equivalent_size, fit_power_law, mean_interval, paired_difference
 
 RUNS = {0: 3.21, 1: 3.25, 2: 3.18, 3: 3.30}
 BASE = {0: 3.26, 1: 3.28, 2: 3.24, 3: 3.33}
+
+
+def fitted(x: Sequence[float] | np.ndarray, losses: Sequence[Mapping[int, float]]) -> PowerLaw:
+    """The law that there must be."""
+    law = fit_power_law([float(size) for size in x], losses)
+    assert law is not None
+    return law
 
 
 def test_the_paired_interval_is_that_of_the_paired_t_test():
@@ -38,7 +46,7 @@ def test_one_value_has_no_interval():
 
 def test_a_planted_power_law_is_recovered():
     x = np.array([1e6, 3e6, 1e7, 5e7])
-    law = fit_power_law(x, [{0: y} for y in 20.0 * x**-0.12])
+    law = fitted(x, [{0: y} for y in 20.0 * x**-0.12])
     assert law.exponent == (pytest.approx(-0.12), None, None)
     assert law.scale == pytest.approx(20.0)
     assert max(map(abs, law.residuals)) < 1e-12
@@ -52,7 +60,9 @@ def test_the_exponents_interval_holds_the_planted_one_in_about_95_of_100_noisy_f
             {seed: 20 * size**-0.12 * np.exp(luck[seed] + rng.normal(0, 0.01)) for seed in range(3)}
             for size in x
         ]
-        exponent = fit_power_law(x, losses).exponent
+        exponent = fitted(x, losses).exponent
+        assert exponent.low is not None
+        assert exponent.high is not None
         held += exponent.low <= -0.12 <= exponent.high
     assert 0.92 <= held / 400 <= 0.98
 
@@ -61,7 +71,7 @@ def test_the_exponents_interval_by_hand():
     # log x = 0, 1, 2; log y = 0, -1, -2 on seed 0; 0, -1.1, -3 on seed 1; 0, -1.8, -4 on seed 2: slopes -1,
     # -1.5 and -2, standard deviation 0.5. Of the mean, 0, -1.3, -3: residuals -1/15, 2/15, -1/15.
     logs = [(0, 0, 0), (-1, -1.1, -1.8), (-2, -3, -4)]
-    law = fit_power_law(
+    law = fitted(
         [1.0, math.e, math.e**2], [{seed: math.exp(y) for seed, y in enumerate(some)} for some in logs]
     )
     half = 4.302653 * 0.5 / math.sqrt(3)
@@ -72,15 +82,15 @@ def test_the_exponents_interval_by_hand():
 
 def test_a_law_may_be_flat_where_its_interval_reaches_zero():
     x = [1.0, math.e]
-    steep = fit_power_law(x, [{0: 3.0, 1: 3.1}, {0: 2.0, 1: 2.0}])
-    unclear = fit_power_law(x, [{0: 3.0, 1: 3.1}, {0: 2.0, 1: 3.0}])
+    steep = fitted(x, [{0: 3.0, 1: 3.1}, {0: 2.0, 1: 2.0}])
+    unclear = fitted(x, [{0: 3.0, 1: 3.1}, {0: 2.0, 1: 3.0}])
     assert (steep.may_be_flat, unclear.may_be_flat) == (False, True)
-    assert fit_power_law(x, [{0: 3.0}, {0: 3.1}]).may_be_flat
-    assert fit_power_law(x, [{0: 3.0}, {0: 2.9}]).may_be_flat  # one seed tells no spread
+    assert fitted(x, [{0: 3.0}, {0: 3.1}]).may_be_flat
+    assert fitted(x, [{0: 3.0}, {0: 2.9}]).may_be_flat  # one seed tells no spread
 
 
 def test_a_law_counts_seeds_that_all_points_have():
-    law = fit_power_law([1.0, 10.0], [{0: 8.0, 1: 9.0}, {0: 4.0, 2: 1.0}])
+    law = fitted([1.0, 10.0], [{0: 8.0, 1: 9.0}, {0: 4.0, 2: 1.0}])
     assert law.exponent.low is None
     assert law.scale == pytest.approx(8.0)
     assert law.exponent.mean == pytest.approx(math.log10(0.5))
@@ -95,15 +105,15 @@ def test_a_planted_equivalent_size_is_recovered_seed_by_seed():
 
 
 def test_dense_runs_that_do_not_improve_with_size_tell_no_equivalent():
-    assert equivalent_size({0: 3.0}, {1e6: {0: 3.0}, 2e6: {0: 3.1}}) is None
-    assert equivalent_size({0: 3.0}, {1e6: {0: 3.2}}) is None
+    assert equivalent_size({0: 3.0}, {10**6: {0: 3.0}, 2 * 10**6: {0: 3.1}}) is None
+    assert equivalent_size({0: 3.0}, {10**6: {0: 3.2}}) is None
     assert equivalent_size({0: 3.0}, {}) is None
     # One of two seeds does not improve: the other one alone would be a choice by its outcome.
-    assert equivalent_size({0: 3.0, 1: 3.0}, {1e6: {0: 3.2, 1: 3.1}, 2e6: {0: 2.9, 1: 3.15}}) is None
+    assert equivalent_size({0: 3.0, 1: 3.0}, {10**6: {0: 3.2, 1: 3.1}, 2 * 10**6: {0: 2.9, 1: 3.15}}) is None
     # Improves by so little that the size is beyond all floats.
-    assert equivalent_size({0: 2.7}, {1e6: {0: 2.83}, 2e6: {0: 2.82998}}) is None
+    assert equivalent_size({0: 2.7}, {10**6: {0: 2.83}, 2 * 10**6: {0: 2.82998}}) is None
 
 
 def test_only_seeds_that_every_dense_size_has_count():
-    dense = {1e6: {0: 3.2, 1: 9.9}, 4e6: {0: 2.8}}
+    dense = {10**6: {0: 3.2, 1: 9.9}, 4 * 10**6: {0: 2.8}}
     assert equivalent_size({0: (3.2 * 2.8) ** 0.5, 1: 3.0}, dense) == (pytest.approx(2e6), None, None)

@@ -30,11 +30,10 @@ def reduced(calls):
             after.append(sent[0])
             return norms
 
-        dist.all_reduce, Engine.step = all_reduce, step
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_reduce", all_reduce)
+            patch.setattr(Engine, "step", step)
             two_steps(config, world)
-        finally:
-            dist.all_reduce, Engine.step = real_reduce, real_step
         micro_steps = config.accumulation_steps(world.size)
         results.append(
             (after[-1] - after[-1 - micro_steps], estimate_communication(config, world.size).gradients)

@@ -22,6 +22,8 @@ from moe.training.engine import Engine, start
 from moe.training.optimizer import learning_rate
 from tests.support.checkpoints import newest, whole_tensors
 from tests.support.engines import batches, loss_of, make_config
+from tests.support.memory_probe import resident
+from tests.support.models import gradient_of
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.xdist_group("topology_changes")  # its runs are made once
@@ -60,6 +62,7 @@ def train(engine, config, first, stop, at_rate=None):
             engine.backward(loss)
             norms_of_step = engine.step(rate)
             loss_of_step += loss.item() / steps
+        assert norms_of_step is not None
         losses.append(loss_of_step)
         norms.append(norms_of_step.total)
     return losses, norms
@@ -112,7 +115,7 @@ def gradients_in_plain_torch(config):
     model = Transformer(config, expert_path="grouped_mm")
     for part in batches(10)[0].split(1):
         (loss_of(model(part[:, :-1]), part, config) / 8).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: gradient_of(parameter) for name, parameter in model.named_parameters()}
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +349,7 @@ def fail_on_rank_1(folder):
             )
             with pytest.raises(RunError) as failure:
                 save_checkpoint(folder, 2, fragments, {}, {}, 2)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         messages[name] = str(failure.value)
         torch.distributed.barrier()
         visible = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -354,7 +357,7 @@ def fail_on_rank_1(folder):
         checkpoint, warnings = newest(folder)
         assert (checkpoint.step, warnings) == (1, [])
         torch.distributed.barrier()
-    engine.training_state.load(checkpoint)
+    engine.training_state.load(newest(folder)[0])
     for (*_, old), (*_, values) in zip(before, copies(engine), strict=True):
         assert torch.equal(values, old)
     train(engine, config, 1, 2)
@@ -376,14 +379,11 @@ def test_a_rank_that_cannot_write_stops_the_save_on_all_and_the_one_before_stays
 def memory_of(action):
     """Bytes of this process at the highest point of the action, over those before it."""
 
-    def status(field):
-        return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1])
-
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = status("VmRSS")
+    before = resident("VmRSS")
     action()
-    return status("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def return_freed_memory():

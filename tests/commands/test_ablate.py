@@ -1,3 +1,5 @@
+"""scripts/ablate.py: planned, trained side by side, stopped, continued, reported."""
+
 import csv
 import json
 import os
@@ -12,14 +14,15 @@ from pathlib import Path
 import pytest
 
 import train
-from moe.ablation.ablation_folder import SweepFolder
-from moe.config import load_config
-from scripts.ablate import main, shortened
+from moe.ablation import runner
+from moe.ablation.ablation_folder import AblationFolder
+from scripts.ablate import main
 from scripts.report import main as report
-from tests.conftest import read_lines
+from tests.support.paths import CONFIGS, ROOT, TINY
+from tests.support.runs import read_lines
+from tests.support.training import ForkedTraining
 
-ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.xdist_group("ablate")  # one sweep is made once
+pytestmark = pytest.mark.xdist_group("ablate")  # one ablation is made once
 
 
 EIGHT = ["--vary", "moe.num_experts=8"]
@@ -30,7 +33,7 @@ def config(tmp_path_factory, small) -> list[str]:
     """A reference, and overrides that make a run take seconds."""
     shrunk = [item for item in small if not item.startswith(("moe.num_shared_experts", "moe.num_experts"))]
     return [
-        str(ROOT / "configs" / "tiny.yaml"),
+        str(TINY),
         *shrunk,
         "moe.num_experts=16",  # a dense model of equal total is not affordable: fewer runs
         "moe.d_ff_expert=512",
@@ -38,72 +41,84 @@ def config(tmp_path_factory, small) -> list[str]:
     ]
 
 
+def run_forked(arguments: list[str]) -> int:
+    """The command, whose runs are forked from a process that has imported torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.subprocess, "Popen", ForkedTraining)
+        return main(arguments)
+
+
 @pytest.fixture(scope="module")
-def sweep(config, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("sweep") / "experts"
-    assert main([*config, "--vary", "moe.num_experts=1,16", "--seeds", "0,1", "--out", str(out)]) == 0
+def ablation(config, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("ablation") / "experts"
+    arguments = ["--vary", "moe.num_experts=1,16", "--seeds", "0,1", "--out", str(out)]
+    assert run_forked([*config, *arguments]) == 0
     return out
 
 
 @pytest.mark.slow
-def test_every_cell_and_seed_is_an_ordinary_finished_run(sweep):
-    lines = [json.loads(line) for line in (sweep / "results.jsonl").read_text().splitlines()]
+def test_every_cell_and_seed_is_an_ordinary_finished_run(ablation):
+    lines = [json.loads(line) for line in (ablation / "results.jsonl").read_text().splitlines()]
     cells = {"num_experts=1", "num_experts=16", "dense,double_active"}
     assert {(line["cell"], line["seed"]) for line in lines} == {
         (cell, seed) for cell in cells for seed in (0, 1)
     }
     assert all(line["finished"] for line in lines)
     for line in lines:
-        run = sweep / "runs" / line["cell"] / f"seed-{line['seed']}"
+        run = ablation / "runs" / line["cell"] / f"seed-{line['seed']}"
         assert {"config.yaml", "metrics.jsonl", "summary.json", "loss.png"} <= {
             path.name for path in run.iterdir()
         }
         assert line["final_eval_loss"] == json.loads((run / "summary.json").read_text())["final_eval_loss"]
 
 
-def test_one_expert_is_bit_for_bit_the_dense_model_trained_alone(sweep, config, tmp_path):
+def test_one_expert_is_bit_for_bit_the_dense_model_trained_alone(ablation, config, short_samples, tmp_path):
     alone = tmp_path / "alone"
-    width = json.loads((sweep / "plan.json").read_text())["cells"]["num_experts=1"]["config"]["moe"][
+    width = json.loads((ablation / "plan.json").read_text())["cells"]["num_experts=1"]["config"]["moe"][
         "d_ff_expert"
     ]
-    dense = [str(ROOT / "configs" / "tiny_dense.yaml"), *config[1:], "moe.num_experts=1", "moe.top_k=1"]
+    dense = [str(CONFIGS / "tiny_dense.yaml"), *config[1:], "moe.num_experts=1", "moe.top_k=1"]
     assert train.main([*dense, f"moe.d_ff_expert={width}", f"run.dir={alone}", "run.seed=1"]) == 0
-    assert read_lines(alone) == read_lines(sweep / "runs" / "num_experts=1" / "seed-1")
+    assert read_lines(alone) == read_lines(ablation / "runs" / "num_experts=1" / "seed-1")
 
 
-def test_the_same_command_again_trains_nothing_and_another_plan_is_refused(sweep, config, capsys):
-    stamps = {path: path.stat().st_mtime_ns for path in (sweep / "runs").rglob("summary.json")}
-    arguments = ["--seeds", "0,1", "--out", str(sweep)]
+def test_the_same_command_again_trains_nothing_and_another_plan_is_refused(ablation, config, capsys):
+    stamps = {path: path.stat().st_mtime_ns for path in (ablation / "runs").rglob("summary.json")}
+    arguments = ["--seeds", "0,1", "--out", str(ablation)]
     assert main([*config, "--vary", "moe.num_experts=1,16", *arguments]) == 0
     assert "6 of 6 runs are finished" in capsys.readouterr().out
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
-    record = (sweep / "results.jsonl").read_bytes()
+    record = (ablation / "results.jsonl").read_bytes()
     assert (
-        main([*config, "--vary", "moe.num_experts=1", "--seeds", "0", "--out", str(sweep), "log.interval=3"])
+        main(
+            [*config, "--vary", "moe.num_experts=1", "--seeds", "0", "--out", str(ablation), "log.interval=3"]
+        )
         == 0
     )
-    assert (sweep / "results.jsonl").read_bytes() == record  # other cells and seeds are not forgotten
+    assert (ablation / "results.jsonl").read_bytes() == record  # other cells and seeds are not forgotten
     assert main([*config, "--vary", "moe.num_experts=16", "optim.lr=1e-3", *arguments]) == 2
-    assert "holds a sweep whose num_experts=16 has" in capsys.readouterr().err
+    assert (
+        "num_experts=16 has optim.lr 0.003 there, not 0.001; choose another folder" in capsys.readouterr().err
+    )
 
 
-def test_the_report_is_one_file_without_requests_and_its_table_holds_every_cell(sweep):
-    page = (sweep / "report.html").read_text()
+def test_the_report_is_one_file_without_requests_and_its_table_holds_every_cell(ablation):
+    page = (ablation / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "http" not in re.sub(r"data:image/png;base64,[\w+/=]+", "", page)
     assert page.count("<figure>") == 9
-    with (sweep / "results.csv").open() as file:
+    with (ablation / "results.csv").open() as file:
         rows = {row["cell"]: row for row in csv.DictReader(file)}
     assert len(rows) == 3  # one dense one more
     assert rows["num_experts=16"]["difference"]
     assert float(rows["num_experts=16"]["difference_low"]) < float(rows["num_experts=16"]["difference_high"])
 
 
-def test_the_report_is_rebuilt_from_any_folder_of_runs(sweep, tmp_path, capsys):
-    before = (sweep / "results.csv").read_bytes()
-    (sweep / "results.csv").unlink()
-    assert report([str(sweep)]) == 0
-    assert (sweep / "results.csv").read_bytes() == before
+def test_the_report_is_rebuilt_from_any_folder_of_runs(ablation, tmp_path, capsys):
+    before = (ablation / "results.csv").read_bytes()
+    (ablation / "results.csv").unlink()
+    assert report([str(ablation)]) == 0
+    assert (ablation / "results.csv").read_bytes() == before
     assert report([str(tmp_path)]) == 2
     assert "holds no finished run" in capsys.readouterr().err
 
@@ -119,7 +134,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on_also_under_a_launcher(con
     assert main([*call, "--launcher", launcher]) == 1
     printed = capsys.readouterr().out
     assert "num_experts=4,seed=0: FAILED with exit code" in printed
-    assert "Not finished, and so not counted: num_experts=4 seed 0 (exit code " in printed
+    assert "Not finished, so not included: num_experts=4 seed 0 (exit code " in printed
     finished = {
         json.loads(line)["cell"]: json.loads(line)["finished"] for line in (out / "results.jsonl").open()
     }
@@ -132,7 +147,9 @@ def test_a_failed_run_is_reported_and_the_others_go_on_also_under_a_launcher(con
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_stopped_or_killed_and_started_again_gives_the_same_results(sweep, config, tmp_path):
+def test_an_ablation_that_is_stopped_or_killed_and_started_again_gives_the_same_results(
+    ablation, config, tmp_path
+):
     out, moments = tmp_path / "killed", random.Random()
     call = [sys.executable, str(ROOT / "scripts" / "ablate.py"), *config, "--vary", "moe.num_experts=1,16"]
     call += ["--seeds", "0", "--jobs", "1", "--out", str(out)]  # one by one: work is left at every kill
@@ -158,7 +175,7 @@ def test_a_sweep_that_is_stopped_or_killed_and_started_again_gives_the_same_resu
 
     process = begin(2)
     process.terminate()
-    assert process.communicate(timeout=60)[0].endswith(b"stopped; the same command goes on\n")
+    assert process.communicate(timeout=60)[0].endswith(b"stopped; run the same command again to continue\n")
     assert process.returncode == 130
     lines = [json.loads(line) for line in (out / "results.jsonl").open()]
     assert len(lines) == 3
@@ -169,11 +186,11 @@ def test_a_sweep_that_is_stopped_or_killed_and_started_again_gives_the_same_resu
     process = begin(0.2)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert subprocess.run(call, stdout=subprocess.DEVNULL, cwd=ROOT, timeout=300).returncode == 0
-    runs = sorted((sweep / "runs").glob("*/seed-0"))
+    assert run_forked(call[2:]) == 0
+    runs = sorted((ablation / "runs").glob("*/seed-0"))
     assert len(runs) == 3
     for run in runs:
-        assert read_lines(run) == read_lines(out / "runs" / run.relative_to(sweep / "runs"))
+        assert read_lines(run) == read_lines(out / "runs" / run.relative_to(ablation / "runs"))
 
 
 def test_quick_is_a_tenth_of_the_steps(config, tmp_path, capsys):
@@ -186,12 +203,10 @@ def test_quick_is_a_tenth_of_the_steps(config, tmp_path, capsys):
         "--seeds",
         "0",
     ]
-    assert main([*call, "--out", str(tmp_path / "sweep"), "--quick", "--dry-run"]) == 0
+    assert main([*call, "--out", str(tmp_path / "ablation"), "--quick", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert f"3 runs of {16 * 4 * 32 / 1e3:.3g}k tokens" in printed
     assert "quick: 1/10 of the steps" in printed
-    quick = shortened(load_config(Path(call[0]), call[1:-4])).train
-    assert (quick.steps, quick.eval_interval) == (16, 8)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +225,7 @@ def test_quick_is_a_tenth_of_the_steps(config, tmp_path, capsys):
         ([*EIGHT, "--seeds", "0,00"], "--seeds: should be different whole numbers"),
         ([*EIGHT, "--seeds", "9" * 20], "--seeds: should be different whole numbers"),
         ([*EIGHT, "moe.num_experts=1", "moe.top_k=1"], "moe.num_experts: the reference"),
-        ([*EIGHT, "run.seed=5"], "run.*: is set by the sweep"),
+        ([*EIGHT, "run.seed=5"], "run.*: is set for each run of the ablation"),
         ([*EIGHT, "--jobs", "0"], "argument --jobs: should be a whole number above 0"),
         ([*EIGHT, "--launcher", " "], "--launcher: there is no such command: ' '"),
         ([*EIGHT, "--launcher", "torchrun 'x"], "--launcher: cannot be read (No closing quotation)"),
@@ -220,7 +235,7 @@ def test_quick_is_a_tenth_of_the_steps(config, tmp_path, capsys):
     ],
 )
 def test_bad_input_gets_one_line_exit_2_and_writes_nothing(config, tmp_path, capsys, arguments, complaint):
-    out = tmp_path / "sweep"
+    out = tmp_path / "ablation"
     try:
         code = main([*config, *arguments, "--out", str(out)])
     except SystemExit as end:
@@ -234,22 +249,24 @@ def test_bad_input_gets_one_line_exit_2_and_writes_nothing(config, tmp_path, cap
 
 def test_a_folder_that_is_a_file_is_refused(config, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    for out in (tmp_path / "file", tmp_path / "file" / "sweep"):
+    for out in (tmp_path / "file", tmp_path / "file" / "ablation"):
         assert main([*config, *EIGHT, "--out", str(out), "--dry-run"]) == 2
         assert capsys.readouterr().err == f"error: --out: {tmp_path / 'file'} is a file; choose a folder\n"
 
 
-def test_a_sweep_beside_another_in_the_same_folder_is_refused_and_changes_nothing(config, tmp_path, capsys):
-    folder = SweepFolder(tmp_path / "sweep")
+def test_an_ablation_beside_another_in_the_same_folder_is_refused_and_changes_nothing(
+    config, tmp_path, capsys
+):
+    folder = AblationFolder(tmp_path / "ablation")
     with folder.locked():
         assert main([*config, *EIGHT, "--out", str(folder.path)]) == 2
         assert list(folder.path.iterdir()) == []
     error = capsys.readouterr().err
-    assert error == f"error: --out: another sweep is running in {folder.path}; wait for it\n"
+    assert error == f"error: --out: another ablation is running in {folder.path}; wait for it\n"
 
 
 def test_a_plan_has_a_row_per_cell(tmp_path, capsys):
-    call = [str(ROOT / "configs" / "tiny.yaml"), *EIGHT, "--jobs", "2", "--out", str(tmp_path / "sweep")]
+    call = [str(TINY), *EIGHT, "--jobs", "2", "--out", str(tmp_path / "ablation")]
     assert main([*call, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (row,) = (line.split() for line in lines if line.startswith("num_experts=8"))
@@ -268,7 +285,7 @@ def test_a_plan_has_a_row_per_cell(tmp_path, capsys):
 
 
 def test_a_dry_run_prints_the_plan_and_trains_nothing(config, tmp_path, capsys):
-    out = tmp_path / "sweep"
+    out = tmp_path / "ablation"
     assert main([*config, "--vary", "granularity=1,2", "--out", str(out), "--dry-run"]) == 0
     assert "granularity=2" in capsys.readouterr().out
     assert not out.exists()

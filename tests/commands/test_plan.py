@@ -12,7 +12,8 @@ H100S = ["--gpu", "h100", "--gpus", "64"]
 
 def run(capsys, *arguments):
     code = main(list(arguments))
-    return code, *capsys.readouterr()
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
 
 
 def test_a_budget_of_flops_is_spent_by_every_row_and_sizes_are_near_the_optimum(capsys):

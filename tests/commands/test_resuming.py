@@ -2,6 +2,7 @@
 
 import signal
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -16,18 +17,17 @@ def test_resuming_twice_in_a_row_is_bit_exact(run_main):
     _, whole, _, _ = run_main(folder="whole")
     real_step = Engine.step
     for stop_after in (4, 8):
+        calls = []
 
-        def step_then_interrupt(self, lr, stop_after=stop_after):
-            self.calls = getattr(self, "calls", 0) + 1
-            if self.calls == 2 * (4 if stop_after == 8 else stop_after):  # two micro batches a step
+        def step_then_interrupt(self, lr, calls=calls):
+            calls.append(lr)
+            if len(calls) == 2 * 4:  # two micro batches a step; the second time it starts at step 4
                 signal.raise_signal(signal.SIGINT)
             return real_step(self, lr)
 
-        Engine.step = step_then_interrupt
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Engine, "step", step_then_interrupt)
             code, run, out, _ = run_main(folder="interrupted")
-        finally:
-            Engine.step = real_step
         assert code == 130
         assert f"stopped and saved at step {stop_after} of 12" in out
         assert not (run / "summary.json").exists()

@@ -7,17 +7,17 @@ from moe.config import MoEConfig, parse_config
 from moe.model.initialization import init_weights
 from moe.model.moe_layer import MoELayer
 from moe.model.transformer import Transformer
-from tests.support.models import SMALL, make_model
+from tests.support.models import SMALL, block_of, make_model, moe_of
 
 
 def test_experts_differ_at_init_and_do_not_depend_on_how_many_there_are():
     few, many = make_model(), make_model(moe={"num_experts": 8})
     for layer in range(3):
-        weights = few.blocks[layer].ffn.experts.w_up
+        weights = moe_of(few, layer).experts.w_up
         assert all(not torch.equal(weights[i], weights[j]) for i in range(4) for j in range(i))
-        assert torch.equal(weights, many.blocks[layer].ffn.experts.w_up[:4])
-    assert not torch.equal(few.blocks[0].ffn.experts.w_up[0], few.blocks[1].ffn.experts.w_up[0])
-    assert torch.equal(few.blocks[2].attention.query.weight, many.blocks[2].attention.query.weight)
+        assert torch.equal(weights, moe_of(many, layer).experts.w_up[:4])
+    assert not torch.equal(moe_of(few, 0).experts.w_up[0], moe_of(few, 1).experts.w_up[0])
+    assert torch.equal(block_of(few, 2).attention.query.weight, block_of(many, 2).attention.query.weight)
     other = make_model(seed=1)
     assert not torch.equal(few.embedding.weight, other.embedding.weight)
 
@@ -27,7 +27,7 @@ def test_initial_scales_are_those_of_the_docstring():
         model={"d_model": 256, "n_heads": 4, "n_kv_heads": 4, "vocab_size": 500}, moe={"d_ff_expert": 512}
     )
     cut = 0.9866  # standard deviation of a unit normal cut at three sigma
-    ffn, attention = model.blocks[0].ffn, model.blocks[0].attention
+    ffn, attention = moe_of(model, 0), block_of(model, 0).attention
     residual = 1 / (2 * 3) ** 0.5
     for weight, std in (
         (model.embedding.weight, 0.02),
@@ -38,7 +38,7 @@ def test_initial_scales_are_those_of_the_docstring():
         (ffn.experts.w_down, residual / 512**0.5),
     ):
         assert weight.std().item() == pytest.approx(std * cut, rel=0.05)
-    assert (model.blocks[0].ffn_norm.weight == 1).all()
+    assert (block_of(model, 0).ffn_norm.weight == 1).all()
 
 
 def test_a_model_is_initialized_from_the_seed_of_its_run():

@@ -2,20 +2,26 @@
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 
 from moe.config import MoEConfig
 from moe.dispatch.capacity import expert_capacity
+from moe.model.grouped_mm import ExpertPath
 from moe.model.moe_layer import MoELayer
+from tests.support.models import gradient_of
 
 D_MODEL = 16
-TOLERANCE = {torch.float32: dict(rtol=1e-4, atol=1e-5), torch.float64: dict(rtol=1e-9, atol=1e-11)}
+TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: dict(rtol=1e-4, atol=1e-5),
+    torch.float64: dict(rtol=1e-9, atol=1e-11),
+}
 
 
-def make_layer(path="loop", dtype=torch.float64, seed=0, **moe):
-    settings = {"num_experts": 6, "top_k": 2, "d_ff_expert": 24} | moe
+def make_layer(path: ExpertPath = "loop", dtype=torch.float64, seed=0, **moe):
+    settings: dict[str, Any] = {"num_experts": 6, "top_k": 2, "d_ff_expert": 24} | moe
     layer = MoELayer(D_MODEL, MoEConfig(**settings), expert_path=path, seed=seed).to(dtype)
     with torch.no_grad():
         layer.router.weight.mul_(30)  # decided routing, so that gate weights differ
@@ -162,10 +168,10 @@ def test_uninitialised_memory_never_leaks(monkeypatch, path, capacity_factor):
             (out.square().sum() + aux.load_balancing_loss + aux.router_z_loss).backward()
             assert torch.isfinite(out).all()
             for name, parameter in layer.named_parameters():
-                assert torch.isfinite(parameter.grad).all(), name
+                assert torch.isfinite(gradient_of(parameter)).all(), name
             with torch.no_grad():
                 for parameter in layer.parameters():
-                    parameter -= 1e-3 * parameter.grad
+                    parameter -= 1e-3 * gradient_of(parameter)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -176,8 +182,8 @@ def test_an_expert_without_tokens_has_zero_gradients_not_none():
         layer.router.weight[2:] = -5
         layer.router.weight[:2] = 5
     layer(torch.rand(2, 8, D_MODEL))[0].sum().backward()
-    assert layer.experts.w_up.grad[2:].abs().sum() == 0
-    assert layer.experts.w_up.grad[:2].abs().sum() > 0
+    assert gradient_of(layer.experts.w_up)[2:].abs().sum() == 0
+    assert gradient_of(layer.experts.w_up)[:2].abs().sum() > 0
 
 
 def test_hand_written_logits_give_the_hand_written_kept_set():

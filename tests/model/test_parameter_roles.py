@@ -43,7 +43,7 @@ def test_the_shape_of_a_parameter_says_nothing_about_its_role():
         def __init__(self):
             super().__init__()
             self.experts = GroupedExperts(2, range(2), 8, 8, None)
-            self.norm = nn.RMSNorm((4, 8))  # 2-D, as a stacked one
+            self.norm = nn.RMSNorm([4, 8])  # 2-D, as a stacked one
             self.linear = nn.Linear(8, 8)
             self.matrix = nn.Parameter(torch.zeros(8, 8))
 

@@ -7,9 +7,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe.accounting.counts import count_parameters
 from moe.config import MoEConfig, load_config, parse_config
+from moe.model.experts import SwiGLU
 from moe.model.transformer import Transformer
 from moe.training.loss import training_loss
-from tests.support.models import SMALL, make_model, on_fake_cuda
+from tests.support.models import SMALL, block_of, gradient_of, make_model, moe_of, on_fake_cuda
 from tests.support.paths import CONFIGS
 
 
@@ -18,7 +19,7 @@ def loss_and_gradients(model, tokens):
     loss, _, aux = training_loss(model(tokens[:, :-1]), tokens[:, 1:], MoEConfig())
     model.zero_grad()
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}, aux
+    return loss.detach(), {name: gradient_of(p).clone() for name, p in model.named_parameters()}, aux
 
 
 @pytest.mark.parametrize("moe", [{}, {"num_experts": 1, "top_k": 1}, {"capacity_factor": 0.5}], ids=str)
@@ -39,7 +40,7 @@ def test_activation_checkpointing_changes_no_loss_gradient_or_count(capacity_fac
     for on in (False, True):
         model = make_model(moe={"capacity_factor": capacity_factor}, train={"activation_checkpointing": on})
         with torch.no_grad():
-            model.blocks[1].ffn.router.weight.zero_()  # exact ties in one layer
+            moe_of(model, 1).router.weight.zero_()  # exact ties in one layer
         results.append(loss_and_gradients(model, tokens))
     (loss_off, grads_off, aux_off), (loss_on, grads_on, aux_on) = results
     assert torch.equal(loss_off, loss_on)
@@ -52,7 +53,7 @@ def test_activation_checkpointing_changes_no_loss_gradient_or_count(capacity_fac
 @pytest.mark.parametrize("on", [False, True])
 def test_activation_checkpointing_runs_each_block_once_more_in_the_backward_pass(on):
     model, calls = make_model(train={"activation_checkpointing": on}), []
-    model.blocks[0].attention.register_forward_hook(lambda *_: calls.append(1))
+    block_of(model, 0).attention.register_forward_hook(lambda *_: calls.append(1))
     loss_and_gradients(model, torch.randint(0, 50, (2, 20)))
     assert len(calls) == (2 if on else 1)
     model.eval()(torch.randint(0, 50, (2, 20)))
@@ -75,8 +76,8 @@ def test_cross_entropy_alone_teaches_every_router(top_k, normalize):
     model = make_model(moe={"top_k": top_k, "normalize_gate_weights": normalize})
     tokens = torch.randint(0, 50, (2, 20))
     F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    for block in model.blocks:
-        assert block.ffn.router.weight.grad.abs().max() > 0
+    for layer in range(len(model.blocks)):
+        assert gradient_of(moe_of(model, layer).router.weight).abs().max() > 0
 
 
 def test_moe_layers_are_every_nth_after_the_first_dense_ones():
@@ -94,13 +95,17 @@ def test_moe_layers_are_every_nth_after_the_first_dense_ones():
 
 def test_one_expert_is_the_dense_model_without_a_router():
     model = make_model(moe={"num_experts": 1, "top_k": 1, "d_ff_expert": 48})
-    assert {name for name, _ in model.blocks[0].ffn.named_parameters()} == {"w_gate", "w_up", "w_down"}
-    assert model.blocks[0].ffn.w_up.shape == (32, 48)
+    ffn = block_of(model, 0).ffn
+    assert isinstance(ffn, SwiGLU)
+    assert {name for name, _ in ffn.named_parameters()} == {"w_gate", "w_up", "w_down"}
+    assert ffn.w_up.shape == (32, 48)
     assert model(torch.randint(0, 50, (1, 5))).aux is None
 
 
 def test_tied_head_is_the_embedding():
     tied, untied = make_model(), make_model(model={"tie_embeddings": False})
+    assert tied.head is None
+    assert untied.head is not None
     assert untied.head.weight.shape == tied.embedding.weight.shape
     assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters()) == 50 * 32
 
@@ -132,7 +137,8 @@ def test_fake_cuda_would_notice_a_host_sync():
 
 
 @pytest.mark.slow
-def test_torch_compile_gives_the_same_loss_and_gradients():
+def test_torch_compile_gives_the_same_loss_and_gradients(monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")  # see conftest.py
     tokens = torch.randint(0, 50, (2, 20))
     plain, compiled = make_model(model={"n_layers": 1}), make_model(model={"n_layers": 1})
     for block in compiled.blocks:

@@ -4,15 +4,25 @@ import json
 import sys
 import time
 import types
+from typing import Any
 
 import pytest
 
 from tests.support.runs import read_lines
 
 
+class FakeWandb(types.ModuleType):
+    """What of the library the mirror uses, and what it was given."""
+
+    def __init__(self, api_key):
+        super().__init__("wandb")
+        self.Settings, self.api = dict, types.SimpleNamespace(api_key=api_key)
+        self.init: Any = None
+        self.arguments, self.logged = {}, []
+
+
 def fake_wandb(**behaviour):
-    module = types.ModuleType("wandb")
-    module.logged = []
+    module = FakeWandb(behaviour.get("key", "secret"))
 
     class Run:
         def log(self, line, step):
@@ -27,8 +37,7 @@ def fake_wandb(**behaviour):
         module.arguments = keywords
         return Run()
 
-    module.init, module.Settings = init, dict
-    module.api = types.SimpleNamespace(api_key=behaviour.get("key", "secret"))
+    module.init = init
     return module
 
 

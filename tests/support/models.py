@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe.config import parse_config
 from moe.model.grouped_mm import ExpertPath
-from moe.model.transformer import Transformer
+from moe.model.moe_layer import MoELayer
+from moe.model.transformer import Block, Transformer
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -25,6 +26,26 @@ def make_model(
     sections = {"run": {"seed": seed}} | sections
     merged = {name: SMALL.get(name, {}) | sections.get(name, {}) for name in {*SMALL, *sections}}
     return Transformer(parse_config(merged), expert_path=path)
+
+
+def block_of(model: Transformer, layer: int) -> Block:
+    """One of the blocks, with its type."""
+    block = model.blocks[layer]
+    assert isinstance(block, Block)
+    return block
+
+
+def moe_of(model: Transformer, layer: int) -> MoELayer:
+    """The MoE layer of a sparse block."""
+    ffn = block_of(model, layer).ffn
+    assert isinstance(ffn, MoELayer)
+    return ffn
+
+
+def gradient_of(weight: Tensor) -> Tensor:
+    """Its gradient, which there must be."""
+    assert weight.grad is not None
+    return weight.grad
 
 
 def on_fake_cuda(make: Callable[[], _Model], dtype: torch.dtype) -> _Model:

@@ -14,13 +14,13 @@ import torch
 from tests.support.launching import free_port
 
 _Result = TypeVar("_Result")
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "tests.support.training",
         "deepspeed",
         "deepspeed.moe.layer",
-        "deepspeed.runtime.zero.muon.muon_optimizer",  # its torch.compile imports inductor: 2 s of each rank
+        "deepspeed.runtime.zero.muon.muon_optimizer",
     ]
 )
 
@@ -31,8 +31,8 @@ def start_ranks(
     """Begin to call a module-level function on every rank: the processes, and the pipes of their results."""
     port, pipes, processes = free_port(), [], []
     for rank in range(world_size):
-        receiver, sender = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(
             target=_rank, args=(rank, world_size, port, sender, function, arguments), daemon=True
         )
         process.start()

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from moe.training.engine import start
 from moe.training.optimizer import learning_rate, parameter_groups
 from tests.support.checkpoints import newest
 from tests.support.engines import batches, loss_of, make_config, make_engine, run_engine
+from tests.support.models import gradient_of, moe_of
 
 
 @pytest.fixture
@@ -88,7 +90,9 @@ def test_accumulation_gives_the_cross_entropy_gradient_of_the_whole_batch(proces
             engine.backward(F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten()))
             engine.step(1e-3)
         gradients.append({name: moment / 0.1 for name, moment in full_state(engine)["exp_avg"].items()})
-    tolerance = {"fp32": dict(rtol=1e-3, atol=1e-7), "bf16": dict(rtol=0.1, atol=2e-3)}[precision]
+    tolerance: dict[str, Any] = {"fp32": dict(rtol=1e-3, atol=1e-7), "bf16": dict(rtol=0.1, atol=2e-3)}[
+        precision
+    ]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, **tolerance, msg=name)
 
@@ -158,7 +162,8 @@ def test_the_norms_of_the_families_are_those_of_their_gradients(process_group):
     families = {"router": [], "experts": [], "dense": []}
     for name, parameter in model.named_parameters():
         part = name.split(".")[-2]
-        families[part if part in families else "dense"].append(parameter.grad)
+        families[part if part in families else "dense"].append(gradient_of(parameter))
+    assert norms is not None
     assert norms.total > config.optim.grad_clip, "the clipping must bite"
     for family, gradients in families.items():
         expected = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
@@ -171,7 +176,7 @@ def test_the_norms_of_the_families_are_those_of_their_gradients(process_group):
 def test_a_bad_gradient_shows_in_the_norm(process_group, zero_stage, precision, bad):
     config = make_config(parallel={"zero_stage": zero_stage, "precision": precision})
     engine = make_engine(config, process_group)
-    engine.module.blocks[1].ffn.experts.w_down.register_hook(lambda gradient: gradient * bad)
+    moe_of(engine.module, 1).experts.w_down.register_hook(lambda gradient: gradient * bad)
     assert not math.isfinite(run_engine(engine, config, 1)[1][0])
 
 
@@ -187,9 +192,9 @@ def test_every_parameter_moves_after_a_step(process_group):
 def test_bf16_keeps_the_router_in_fp32_arithmetic_and_an_fp32_master(process_group):
     config = make_config(parallel={"precision": "bf16"})
     engine = make_engine(config, process_group)
-    assert engine.module.blocks[0].ffn.router.weight.dtype == torch.bfloat16
+    assert moe_of(engine.module, 0).router.weight.dtype == torch.bfloat16
     seen = []
-    engine.module.blocks[0].ffn.router.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    moe_of(engine.module, 0).router.register_forward_hook(lambda _m, _i, out: seen.append(out))
     run_engine(engine, config, 2)
     assert {out.router_logits.dtype for out in seen} == {torch.float32}
     master = full_state(engine)["weights"]["blocks.0.ffn.router.weight"]

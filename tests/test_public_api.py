@@ -1,0 +1,101 @@
+"""What `from moe import ...` gives: a layer for anyone's model, a model, and a trained run."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import moe
+from moe import (
+    Config,
+    MoEConfig,
+    MoELayer,
+    Sampling,
+    Transformer,
+    count_parameters,
+    generate,
+    load_config,
+    load_run,
+    training_loss,
+)
+from tests.support.models import SMALL
+from tests.support.paths import TINY
+
+NAMES = [(home, name) for home, names in moe._HOMES.items() for name in names]
+
+
+@pytest.mark.parametrize(("home", "name"), NAMES)
+def test_every_public_name_is_that_of_its_home(home, name):
+    assert getattr(moe, name) is getattr(importlib.import_module(home), name)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'moe' has no attribute 'Layer'"):
+        _ = moe.Layer  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_importing_moe_imports_no_torch():
+    script = "import sys, moe; moe.count_parameters; assert 'torch' not in sys.modules, 'torch'"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_a_layer_in_a_plain_pytorch_loop_learns():
+    """Each token is mapped to itself, permuted; its router is balanced by the report's loss."""
+    torch.manual_seed(0)
+    layer = MoELayer(d_model=16, moe=MoEConfig(num_experts=4, top_k=2, d_ff_expert=32))
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    hidden = torch.randn(8, 10, 16)
+    target = hidden.flip(-1)
+    losses = []
+    for _ in range(60):
+        output, aux = layer(hidden)
+        loss = (output - target).square().mean()
+        optimizer.zero_grad()
+        (loss + 0.01 * aux.load_balancing_loss + 0.001 * aux.router_z_loss).backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert aux.tokens_per_expert.sum() == 8 * 10 * 2
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_a_transformer_in_a_plain_pytorch_loop_learns():
+    config = load_config(TINY, ["model.vocab_size=50", "model.d_model=32", "model.n_layers=2"])
+    assert isinstance(config, Config)
+    model, tokens = Transformer(config), torch.randint(0, 50, (4, 17))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = training_loss(model(tokens[:, :-1]), tokens[:, 1:], config.moe)
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        losses.append(loss.lm.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "moe_settings", [{}, {"num_experts": 1, "top_k": 1}, {"num_shared_experts": 2}], ids=str
+)
+def test_the_count_is_that_of_the_models_parameters(moe_settings):
+    config = moe.config.parse_config(SMALL | {"moe": SMALL["moe"] | moe_settings})
+    assert count_parameters(config).total == sum(
+        weight.numel() for weight in Transformer(config).parameters()
+    )
+
+
+def test_a_trained_run_is_loaded_and_writes_text(run_main):
+    _, folder, _, _ = run_main()
+    run = load_run(folder)
+    assert not run.model.training
+    assert (run.config.moe.num_experts, run.config.run.dir) == (4, str(folder))
+    assert run.tokenizer.decode([run.end_id], skip_special_tokens=False) == "<|endoftext|>"
+    sampling = Sampling(max_new_tokens=10, seed=3)
+    text = generate(run, "def f(", sampling)
+    assert text.startswith("def f(")
+    assert len(text) > len("def f(")
+    assert generate(run, "def f(", sampling) == text
+    assert generate(run, sampling=sampling) != text  # a document from nothing
+    with pytest.raises(moe.ConfigError, match=r"^RUN: .* is not a run folder"):
+        load_run(folder / "nowhere")
