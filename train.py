@@ -110,7 +110,7 @@ class Run:
         self.gpu = find_gpu(self.environment["gpu"])
 
     def spent(self) -> dict[str, float]:
-        """Seconds since the first step of the whole run, and the same times the devices of each part."""
+        """Seconds trained over all parts of the run, and the same times the devices of each part."""
         here = time.perf_counter() - self.started
         return {"wall_s": self.wall_s + here, "device_s": self.device_s + here * self.world.size}
 
@@ -134,7 +134,8 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
     if checkpoint is None and warnings:
         raise all_damaged(warnings)
     if checkpoint is not None and checkpoint.info["data_fingerprint"] != run.corpus.fingerprint:
-        raise ConfigError("data.source", f"the text or its tokens changed since {checkpoint.path} was saved")
+        problem = f"the text or its tokens changed since {checkpoint.path} was saved"
+        raise ConfigError("data.source", f"{problem}; restore it, or choose another run.name")
     for warning in warnings:
         run.world.print(f"warning: {warning}", file=sys.stderr)
     return checkpoint
@@ -187,7 +188,7 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
         meter.add(loss)
         engine.backward(loss.total)
         norms = engine.step(lr)
-    assert norms is not None, "the last micro batch updates"
+    assert norms is not None, "no optimizer step after the last micro batch"
     for sums in meter.tensors():
         engine.sum_over_ranks(sums)
     done = step + 1
@@ -232,7 +233,7 @@ def finish(run: Run, engine: Engine) -> None:
         folder.sample.write_text(samples, encoding="utf-8")
         folder.finish(summary)
         print(json.dumps(summary, indent=1))
-        print(f"see {folder.loss_plot} and {folder.sample}; scripts/generate.py {folder.path} writes more")
+        print(f"see {folder.loss_plot} and {folder.sample}; to write more: scripts/generate.py {folder.path}")
 
 
 def check_same_on_all_ranks(config: Config, corpus: TokenizedCorpus) -> None:
@@ -242,8 +243,8 @@ def check_same_on_all_ranks(config: Config, corpus: TokenizedCorpus) -> None:
     digests = on_all_ranks(lambda: here)
     if len(set(digests)) > 1:
         odd = next(i for i, there in enumerate(digests) if there != digests[0])
-        problem = f"text, tokenizer or another key differ between ranks 0 and {odd}"
-        raise ConfigError("data.source", f"{problem}; give all the same")
+        problem = f"the text, the tokenizer or another key differs between ranks 0 and {odd}"
+        raise ConfigError("data.source", f"{problem}; start all with the same files and arguments")
 
 
 def check_finite(metrics: dict[str, Any], key: str, step: int) -> None:
@@ -268,7 +269,7 @@ def main(arguments: list[str]) -> int:
         "items",
         nargs="*",
         metavar="CONFIG | key=value",
-        help=f"a YAML file (default {DEFAULT_CONFIG.name}), then overrides",
+        help=f"a YAML file (default configs/{DEFAULT_CONFIG.name}), then overrides",
     )
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from DeepSpeed's launcher
@@ -278,7 +279,7 @@ def main(arguments: list[str]) -> int:
     config = load_config(Path(items.pop(0)) if names_file else DEFAULT_CONFIG, items)
     if options.print_config:
         print(dump_config(config), end="")
-        return 0
+        return DONE
     try:
         return train(config)
     except (RuntimeError, OSError) as error:
@@ -293,7 +294,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    if code == 0 or world_size() == 1:
+    if code == DONE or os.environ.get("WORLD_SIZE", "1") == "1":
         leave()
         sys.exit(code)
     sys.stdout.flush()

@@ -23,7 +23,7 @@ from moe.checkpoint.manifest import CheckpointError, Manifest, Piece, Shard, Wri
 from moe.checkpoint.reading import checkpoint_path, list_checkpoints
 from moe.distributed.agreement import on_all_ranks, rank_and_size
 
-_SHARD_BYTES = 2**28  # a GPU rank copies this much to the host at a time, or one fragment where that is more
+_SHARD_BYTES = 2**28  # a GPU rank copies this much to the host at a time; a larger fragment is a shard alone
 
 
 class Fragment(NamedTuple):
@@ -54,8 +54,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-%08d` together with all other ranks, then delete all but the newest `keep`.
 
-    Every rank calls this. Either all of them return and the checkpoint is complete, or all raise and it does
-    not exist.
+    Every rank calls this. A reader sees the complete checkpoint or none.
 
     Args:
         folder: the run's `checkpoints/`, on a file system that all ranks share.
@@ -122,7 +121,7 @@ def _write_shards(scratch: Path, rank: int, fragments: Iterable[Fragment]) -> Wr
 
     for kind, tensor_name, shape, start, values in fragments:
         if not values.isfinite().all():
-            raise CheckpointError(f"{kind} of {tensor_name} are not finite and were not saved")
+            raise CheckpointError(f"{kind} of {tensor_name} are not finite; the checkpoint was not saved")
         key = f"{kind}/{tensor_name}"
         if key in batch or (batch and batch_bytes + values.nbytes > _SHARD_BYTES):
             flush()

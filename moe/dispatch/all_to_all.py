@@ -1,8 +1,8 @@
 """Dispatch between ranks: an uneven all-to-all to the ranks of the experts, and another one back.
 
 Shape suffixes: T tokens of this rank, K experts per token, E experts of the layer, L of them on each rank,
-R ranks that split the experts, C most ranks that a token goes to, k choices that travel with a row, S rows
-sent, M rows that arrive, D d_model.
+R ranks that split the experts, C destinations of a token (at most R once per rank, K once per expert),
+k choices sent with a row, S rows sent, M rows that arrive, D d_model.
 """
 
 from dataclasses import replace
@@ -47,7 +47,7 @@ class AllToAllDispatcher:
         num_experts = routing.router_probs.shape[1]
         share = num_experts // self.num_ranks  # L
 
-        # 1. Drop what is over capacity: a dropped assignment gets expert E, on rank R, where nobody is.
+        # 1. Drop what is over capacity: such an assignment gets expert E, whose rank R does not exist.
         counts_E = kept_E = count_assignments(routing.expert_indices, num_experts)
         if capacity is not None:
             plan = plan_with_capacity(routing.expert_indices, counts_E, routing.gate_weights, capacity)
@@ -67,8 +67,8 @@ class AllToAllDispatcher:
         num_assignments = sum(assignments for _, assignments in received)
 
         # 4. Send the choices of each row, then the rows. Two exchanges, since in the backward pass both are
-        # under way at once. The choices first: on a GPU, to wait for them after the rows had started would be
-        # to wait for the rows.
+        # under way at once. The choices first: transfers on a GPU finish in order, so choices that were sent
+        # after the rows would arrive after them.
         to_ranks = plan_routed(ranks_TC, self.num_ranks, sum(send))
         choices_Sk2 = self._choices(routing, ranks_TC, share).index_select(0, to_ranks.assignment_of_row)
         gates_Mk, places_Mk = RowExchange(send, receive, self.group).run(choices_Sk2).unbind(2)
@@ -113,7 +113,7 @@ class AllToAllDispatcher:
         return distinct_TK.narrow(1, 0, min(distinct_TK.shape[1], self.num_ranks))
 
     def _choices(self, routing: RouterOutput, ranks_TC: Tensor, share: int) -> Tensor:
-        """What a token wants on each of its ranks, (T * C, k, 2): gate weight, and place among its experts.
+        """The choices of each token and destination, (T * C, k, 2): gate weight, and place of the expert.
 
         A place of L (`share`) marks a choice whose expert is elsewhere. Places are small, so exact in fp32.
         """

@@ -27,8 +27,8 @@ class MoEAux(NamedTuple):
     Attributes:
         load_balancing_loss: () fp32, differentiable; 1.0 at perfect balance.
         router_z_loss: () fp32, differentiable.
-        tokens_per_expert: (E,) int64, assignments before dropping.
-        dropped_tokens: () int64, assignments dropped for lack of capacity.
+        tokens_per_expert: (E,) int64, tokens that chose each expert, before dropping.
+        dropped_tokens: () int64, of these tokens, how many were dropped for lack of capacity.
         router_entropy: () fp32, nats, detached.
         dispatch_bytes: () int64, bytes of the token rows that this rank sent to other ranks' experts; gate
             weights, expert ids, the way back and the backward pass are not in it.
@@ -51,8 +51,9 @@ class MoELayer(nn.Module):
        that no token's output depends on later tokens.
     3. The experts transform their rows.
     4. The dispatcher brings the rows back and sums them by gate weight.
-    5. Shared experts, if any, see every token, while the rows travel, and are added (Dai et al. 2024,
-       DeepSeekMoE, eq. 9).
+
+    While the rows travel, shared experts, if any, transform every token; their output is added at the end
+    (Dai et al. 2024, DeepSeekMoE, eq. 9).
 
     Args:
         d_model: D.
@@ -60,7 +61,8 @@ class MoELayer(nn.Module):
         dispatcher: how tokens reach their experts, the only place where parallelism enters. None: all experts
             are in this process.
         expert_path: how the experts multiply; see `GroupedExperts`.
-        seed: of the initial weights. None: the owner of this layer initializes them.
+        seed: of the initial weights; layers of one seed start equal, so stacked ones need a seed each. None:
+            the owner of this layer initializes them.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """The only importer of DeepSpeed: start the process group, wrap the model in ZeRO, update it.
 
-One process is world size 1 of the same engine, and CPU is gloo of the same engine.
+A single process runs the same code with world size 1, and a CPU the same code over gloo.
 """
 
 import logging
@@ -28,8 +28,8 @@ from moe.training.zero_state import ZeroState
 class GradNorms(NamedTuple):
     """L2 norms of the gradient of one update, before clipping; a parameter counts once, wherever it lives.
 
-    `total` is DeepSpeed's, which the clipping uses; the others are summed up here, and their squares add up
-    to its square. None if the model has no such parameters.
+    `total` is the norm that DeepSpeed clips by. Its parts are computed here: `total^2 = dense^2 + router^2 +
+    experts^2`. A part is None if the model has no such parameters.
     """
 
     total: float
@@ -50,7 +50,7 @@ def _family(role: Role) -> str:
 
 
 def start(parallel: ParallelConfig) -> World:
-    """Join the process group and make those of expert parallelism. A second call joins the same ones.
+    """Join all ranks and make the expert-parallel groups. A second call returns the same ones.
 
     Raises:
         ConfigError: `parallel.ep_size` does not divide the number of ranks.

@@ -328,7 +328,7 @@ def file_too_large(engine, monkeypatch):
 
 
 FAILURES = {
-    "not finite": (not_finite, r"rank 1: weights of .+ are not finite and were not saved"),
+    "not finite": (not_finite, r"rank 1: weights of .+ are not finite; the checkpoint was not saved"),
     "disk full": (disk_full, r"rank 1: .*No space left on device"),
     "file too large": (file_too_large, r"rank 1: .*File too large"),
 }

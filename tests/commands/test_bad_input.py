@@ -1,11 +1,15 @@
 """Wrong input: one line that names the key and the fix, exit code 2, nothing written."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import train
+from tests.support.paths import ROOT
 
 CASES = {
     # key of the configuration
@@ -211,3 +215,16 @@ def test_options_may_stand_anywhere_and_a_yaml_name_may_hold_an_equals_sign(tmp_
     shown = capsys.readouterr().out
     assert "steps: 70" in shown
     assert "eval_interval: 5" in shown
+
+
+@pytest.mark.slow
+def test_half_of_a_launchers_variables_are_refused_by_the_command_too(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
+    call = [sys.executable, str(ROOT / "train.py"), f"run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        call, env=environment | {"WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: WORLD_SIZE: is set but RANK")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
