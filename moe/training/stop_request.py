@@ -22,7 +22,9 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None and issubclass(error, Exception):
+            return  # a launcher sends SIGTERM while this process still finds out which rank was lost
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -27,3 +27,16 @@ def test_a_second_ctrl_c_stops_at_once_and_the_handlers_are_those_from_before():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_after_an_error_sigterm_does_not_end_the_process_before_it_says_what_went_wrong():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(RuntimeError, match="a rank is lost"), StopRequest():
+            raise RuntimeError("a rank is lost")
+        signal.raise_signal(
+            signal.SIGTERM
+        )  # from the launcher: without the handler it would end this process
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
