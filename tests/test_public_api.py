@@ -41,6 +41,21 @@ def test_importing_moe_imports_no_torch():
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
+def test_all_of_it_works_without_deepspeed():
+    script = """
+import sys
+import torch
+import moe
+for names in moe._HOMES.values():
+    for name in names:
+        getattr(moe, name)
+layer = moe.MoELayer(16, moe.MoEConfig(num_experts=4, top_k=2, d_ff_expert=32))
+layer(torch.randn(1, 5, 16))[0].sum().backward()
+assert "deepspeed" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
 def test_a_layer_in_a_plain_pytorch_loop_learns():
     """Each token is mapped to itself, permuted; its router is balanced by the report's loss."""
     torch.manual_seed(0)

@@ -781,6 +781,7 @@ for source in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_trillion_parameters_take_no_more_memory_and_hardly_more_time_than_a_few(tmp_path):
     small, large = tmp_path / "small.json", tmp_path / "large.json"
     small.write_text(json.dumps(REAL["deepseek_v3"][0]), encoding="utf-8")

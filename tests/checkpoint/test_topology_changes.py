@@ -245,6 +245,7 @@ def test_a_checkpoint_of_any_topology_is_continued_on_any_other(saved, tmp_path,
     check_continued(saved, tmp_path, ranks, pairs, REL_LOSS, REL_NORM)
 
 
+@pytest.mark.slow
 def test_bf16_weights_are_the_rounded_masters_on_any_topology(saved, tmp_path):
     """The relative step of bf16 is 2^-8; ZeRO stage 2 accumulates in fp32."""
     target = BF16[0]
@@ -420,6 +421,7 @@ def load_big(folder):
     return needed - sum(f.values.nbytes for f in engine.training_state.fragments() if f.kind != "weights")
 
 
+@pytest.mark.slow
 def test_saving_and_loading_take_less_memory_than_three_stacked_expert_tensors(tmp_path):
     stacked = 16 * 256 * 1024 * 4
     [(total, saving)] = run_ranks(1, save_big, tmp_path)

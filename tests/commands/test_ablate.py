@@ -9,8 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 import train
@@ -72,6 +75,7 @@ def test_every_cell_and_seed_is_an_ordinary_finished_run(ablation):
         assert line["final_eval_loss"] == json.loads((run / "summary.json").read_text())["final_eval_loss"]
 
 
+@pytest.mark.slow
 def test_one_expert_is_bit_for_bit_the_dense_model_trained_alone(ablation, config, short_samples, tmp_path):
     alone = tmp_path / "alone"
     width = json.loads((ablation / "plan.json").read_text())["cells"]["num_experts=1"]["config"]["moe"][
@@ -82,6 +86,7 @@ def test_one_expert_is_bit_for_bit_the_dense_model_trained_alone(ablation, confi
     assert read_lines(alone) == read_lines(ablation / "runs" / "num_experts=1" / "seed-1")
 
 
+@pytest.mark.slow
 def test_the_same_command_again_trains_nothing_and_another_plan_is_refused(ablation, config, capsys):
     stamps = {path: path.stat().st_mtime_ns for path in (ablation / "runs").rglob("summary.json")}
     arguments = ["--seeds", "0,1", "--out", str(ablation)]
@@ -102,6 +107,7 @@ def test_the_same_command_again_trains_nothing_and_another_plan_is_refused(ablat
     )
 
 
+@pytest.mark.slow
 def test_the_report_is_one_file_without_requests_and_its_table_holds_every_cell(ablation):
     page = (ablation / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
@@ -114,6 +120,7 @@ def test_the_report_is_one_file_without_requests_and_its_table_holds_every_cell(
     assert float(rows["num_experts=16"]["difference_low"]) < float(rows["num_experts=16"]["difference_high"])
 
 
+@pytest.mark.slow
 def test_the_report_is_rebuilt_from_any_folder_of_runs(ablation, tmp_path, capsys):
     before = (ablation / "results.csv").read_bytes()
     (ablation / "results.csv").unlink()
@@ -146,11 +153,22 @@ def test_a_failed_run_is_reported_and_the_others_go_on_also_under_a_launcher(con
         assert b"by_launcher" in mirror.read_bytes()  # the group
 
 
+@pytest.fixture
+def killed(tmp_path) -> Iterator[Path]:
+    """Folder of an ablation whose processes are killed, all of them at the end."""
+    out = tmp_path / "killed"
+    yield out
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(str(out) in argument for argument in process.cmdline()):
+                process.kill()
+
+
 @pytest.mark.slow
 def test_an_ablation_that_is_stopped_or_killed_and_started_again_gives_the_same_results(
-    ablation, config, tmp_path
+    ablation, config, killed
 ):
-    out, moments = tmp_path / "killed", random.Random()
+    out, moments = killed, random.Random()
     call = [sys.executable, str(ROOT / "scripts" / "ablate.py"), *config, "--vary", "moe.num_experts=1,16"]
     call += ["--seeds", "0", "--jobs", "1", "--out", str(out)]  # one by one: work is left at every kill
 

@@ -201,6 +201,7 @@ def test_bf16_keeps_the_router_in_fp32_arithmetic_and_an_fp32_master(process_gro
     assert not torch.equal(master, master.bfloat16().float())
 
 
+@pytest.mark.slow
 def test_one_process_needs_no_launcher_compiler_or_mpi_and_deepspeed_keeps_quiet(tmp_path):
     code = textwrap.dedent("""
         import sys

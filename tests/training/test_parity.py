@@ -119,6 +119,7 @@ def records():
     return runs
 
 
+@pytest.mark.slow
 def test_recomputation_overlap_and_the_way_to_send_change_no_step():
     """On four ranks at ep 2. Sent per expert, the sums of a token's outputs are rounded in another order."""
     for runs in run_ranks(4, records):
@@ -156,6 +157,7 @@ def replicas_after_20_steps():
             assert all(torch.equal(copy, parameter) for copy in copies), (case, name)
 
 
+@pytest.mark.slow
 def test_replicas_are_bit_equal_after_20_steps():
     """On four ranks at ep 2: those of an expert on two ranks, all others on four."""
     run_ranks(4, replicas_after_20_steps)
