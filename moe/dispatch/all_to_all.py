@@ -5,8 +5,6 @@ R ranks that split the experts, C destinations of a token (at most R once per ra
 k choices sent with a row, S rows sent, M rows that arrive, D d_model.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -23,8 +21,8 @@ class AllToAllDispatcher:
     """The experts of a layer are split over the ranks of `ep_group`, consecutive ids to consecutive ranks.
 
     A token whose experts share a rank crosses the network once each way, as in DeepEP (DeepSeek-AI 2025) and
-    Megatron-Core's flexible dispatcher: on arrival it is a token like any other. A `LocalDispatcher` brings
-    it to its experts there and sums their outputs, and one row travels back.
+    Megatron-Core's flexible dispatcher: on arrival it is a token like any other. The experts there sum their
+    outputs, and one row travels back.
 
     Args:
         groups: the ranks.
@@ -35,7 +33,6 @@ class AllToAllDispatcher:
     def __init__(self, groups: ParallelGroups, once_per_rank: bool = True, overlap: bool = True):
         self.group, self.num_ranks, self.rank = groups.ep_group, groups.ep_size, groups.ep_rank
         self.once_per_rank, self.overlap = once_per_rank, overlap
-        self._local = LocalDispatcher()
 
     def expert_ids(self, num_experts: int) -> range:
         """This rank's share."""
@@ -90,17 +87,16 @@ class AllToAllDispatcher:
         return InFlight(rows_MD, metadata, exchange if self.overlap else None)
 
     def receive(self, in_flight: InFlight) -> Tensor:
-        """Wait for the rows and sort copies of them by expert; see `Dispatcher.receive`."""
-        if in_flight.exchange is not None:
-            in_flight = replace(in_flight, rows=in_flight.exchange.wait(in_flight.rows))
-        return self._local.receive(in_flight)
+        """Wait for the rows; see `Dispatcher.receive`."""
+        if in_flight.exchange is None:
+            return in_flight.rows
+        return in_flight.exchange.wait(in_flight.rows)
 
-    def combine(self, expert_rows: Tensor, metadata: DispatchMetadata) -> Tensor:
-        """Sum what each row got here, send the sums back, add them up by token; see `Dispatcher.combine`."""
+    def combine(self, sums: Tensor, metadata: DispatchMetadata) -> Tensor:
+        """Send the sums back and add them up by token; see `Dispatcher.combine`."""
         route = metadata.route
         assert route is not None, "metadata of another dispatcher"
-        sums_MD = self._local.combine(expert_rows, metadata)
-        sums_SD = RowExchange(route.receive, route.send, self.group).run(sums_MD)
+        sums_SD = RowExchange(route.receive, route.send, self.group).run(sums)
         return unpermute(sums_SD, route.permutation)
 
     def _distinct(self, ranks_TK: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What the router, a dispatcher and the experts hand to each other.
 
 Shapes: T tokens of this rank, K experts per token, E experts of the layer, L experts of this rank, D d_model,
-M tokens that arrived at this rank (T where nothing travels), N rows sorted by expert.
+M tokens that came to this rank's experts (T where nothing travels), N rows, one for each of their choices
+among these experts.
 """
 
 from dataclasses import dataclass
@@ -52,8 +53,8 @@ class DispatchMetadata:
         tokens_per_expert: (E,) int64, assignments of this rank's T tokens before dropping.
         dropped_tokens: () int64, how many of them were dropped for lack of capacity.
         sent_bytes: () int64, bytes of the rows that went to other ranks.
-        permutation: which of the N rows holds which assignment of the M tokens that arrived here.
-        gate_weights: (M, K) fp32, of the tokens that arrived here.
+        permutation: which of the N rows, sorted by expert, holds which assignment of the M tokens.
+        gate_weights: (M, K) fp32, of these tokens.
         route: how the rows came here; None if nothing travels.
     """
 
@@ -99,17 +100,17 @@ class Dispatcher(Protocol):
         ...
 
     def receive(self, in_flight: InFlight) -> Tensor:
-        """Rows (N, D) sorted by expert; `in_flight.metadata.permutation` has the rows of each expert."""
+        """The tokens (M, D) that came here; `in_flight.metadata` says which of the L experts they are for."""
         ...
 
-    def combine(self, expert_rows: Tensor, metadata: DispatchMetadata) -> Tensor:
-        """Sum each token's expert outputs, weighted by its gate weights. A dropped assignment adds nothing.
+    def combine(self, sums: Tensor, metadata: DispatchMetadata) -> Tensor:
+        """Bring the sums back to where the tokens came from, and add up those of a token.
 
         Args:
-            expert_rows: (N, D) in the order of `receive`.
+            sums: (M, D), for each token that came here the weighted sum of what its experts here made of it.
             metadata: of the same `dispatch`.
 
         Returns:
-            (T, D), the dtype of `expert_rows`.
+            (T, D), same dtype.
         """
         ...

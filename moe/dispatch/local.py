@@ -1,10 +1,10 @@
-"""Dispatch within one process: a permutation of the rows."""
+"""Dispatch within one process: nothing travels."""
 
 from torch import Tensor
 
 from moe.dispatch.capacity import plan_with_capacity
 from moe.dispatch.interface import DispatchMetadata, InFlight, RouterOutput
-from moe.dispatch.permutation import count_assignments, permute, plan_permutation, unpermute
+from moe.dispatch.permutation import count_assignments, plan_permutation
 
 
 class LocalDispatcher:
@@ -26,9 +26,9 @@ class LocalDispatcher:
         return InFlight(hidden, DispatchMetadata(counts_E, dropped, sent_bytes, permutation, gates))
 
     def receive(self, in_flight: InFlight) -> Tensor:
-        """Sort copies of the tokens by expert; see `Dispatcher.receive`."""
-        return permute(in_flight.rows, in_flight.metadata.permutation)
+        """The tokens, which have not moved; see `Dispatcher.receive`."""
+        return in_flight.rows
 
-    def combine(self, expert_rows: Tensor, metadata: DispatchMetadata) -> Tensor:
-        """Bring the rows back and sum them by gate weight; see `Dispatcher.combine`."""
-        return unpermute(expert_rows, metadata.permutation, metadata.gate_weights)
+    def combine(self, sums: Tensor, metadata: DispatchMetadata) -> Tensor:
+        """Each token's sum is complete; see `Dispatcher.combine`."""
+        return sums

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -94,23 +95,17 @@ def permute(hidden: Tensor, permutation: Permutation) -> Tensor:
     return _Permute.apply(hidden, permutation)
 
 
-def unpermute(rows: Tensor, permutation: Permutation, weights: Tensor | None = None) -> Tensor:
-    """Bring rows back to their tokens and sum them by weight; a dropped assignment adds nothing.
-
-    What it keeps for the backward pass are the N rows, not (T, K, D), most of which may be empty: where a
-    token came for one expert of this rank, K - 1 of its K places are.
+def unpermute(rows: Tensor, permutation: Permutation) -> Tensor:
+    """Bring rows back to their tokens and sum them; a dropped assignment adds nothing.
 
     Args:
         rows: (N, D) in expert order. Rows past the last expert's are never read.
         permutation: the plan that `permute` used.
-        weights: (T, K), any float type; None: all 1.
 
     Returns:
-        (T, D), the dtype of `rows`; row t is the sum over kept k of `weights[t, k]` times the row of (t, k).
+        (T, D), same dtype.
     """
-    if weights is None:
-        return _Sum.apply(rows, permutation)
-    return _WeightedSum.apply(rows, weights, permutation)
+    return _Unpermute.apply(rows, permutation)
 
 
 def permute_reference(hidden: Tensor, permutation: Permutation) -> Tensor:
@@ -121,7 +116,7 @@ def permute_reference(hidden: Tensor, permutation: Permutation) -> Tensor:
 
 def unpermute_reference(rows: Tensor, permutation: Permutation, weights: Tensor | None = None) -> Tensor:
     """`unpermute` in plain indexing, differentiated by autograd."""
-    outputs_TKD = _gather(rows, permutation.row_of_assignment, permutation.kept)
+    outputs_TKD = _gather_choices(rows, permutation.row_of_assignment, permutation.kept)
     return outputs_TKD.sum(1) if weights is None else (outputs_TKD * weights.unsqueeze(2)).sum(1)
 
 
@@ -129,78 +124,53 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
-        return _spread(hidden_TD, permutation)
+        return gather_rows(hidden_TD, permutation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _sum(grads[0], ctx.permutation, None), None
+        return sum_by_token(grads[0], ctx.permutation), None
 
 
-class _Sum(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
-        return _sum(rows_ND, permutation, None)
+        return sum_by_token(rows_ND, permutation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _spread(grads[0], ctx.permutation, masked=True), None
-
-
-class _WeightedSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, weights_TK: Tensor, permutation: Permutation) -> Tensor:
-        ctx.permutation = permutation
-        ctx.save_for_backward(rows_ND, weights_TK)
-        return _sum(rows_ND, permutation, weights_TK.to(rows_ND.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         permutation: Permutation = ctx.permutation
-        rows_ND, weights_TK = ctx.saved_tensors
-        order_N = permutation.assignment_of_row
-        grad_ND = _spread(grads[0], permutation, masked=True)
-        dots_N = torch.linalg.vecdot(rows_ND, grad_ND).to(weights_TK.dtype)
-        if permutation.kept is not None:  # undefined rows times zero may be NaN
-            dots_N = torch.where(_used(permutation), dots_N, 0)
-        grad_TK = torch.zeros_like(weights_TK).flatten().scatter(0, order_N, dots_N).view_as(weights_TK)
-        weights_N = weights_TK.flatten().index_select(0, order_N).to(rows_ND.dtype)
-        return grad_ND * weights_N.unsqueeze(1), grad_TK, None
+        rows_ND = gather_rows(grads[0], permutation)
+        if permutation.kept is not None:
+            rows_ND = torch.where(used_rows(permutation).unsqueeze(1), rows_ND, 0)
+        return rows_ND, None
 
 
-def _spread(hidden_TD: Tensor, permutation: Permutation, masked: bool = False) -> Tensor:
-    """Each assignment's row is its token's; masked: zeros in the rows of no kept assignment."""
-    K = permutation.row_of_assignment.shape[1]
-    rows_ND = hidden_TD.index_select(0, permutation.assignment_of_row // K)
-    if masked and permutation.kept is not None:
-        rows_ND = torch.where(_used(permutation).unsqueeze(1), rows_ND, 0)
-    return rows_ND
+def gather_rows(hidden: Tensor, permutation: Permutation) -> Tensor:
+    """`permute` without gradients: each row (N, D) is its token's, of (T, D)."""
+    return hidden.index_select(0, permutation.assignment_of_row // permutation.row_of_assignment.shape[1])
 
 
-def _sum(rows_ND: Tensor, permutation: Permutation, weights_TK: Tensor | None) -> Tensor:
-    """Each token's rows, summed up; some tokens at a time, so that no more than about N rows are copied."""
+def sum_by_token(rows: Tensor, permutation: Permutation) -> Tensor:
+    """`unpermute` without gradients: the sum (T, D) of each token's rows, of (N, D)."""
     places_TK, kept_TK = permutation.row_of_assignment, permutation.kept
-    step = max(1, -(-rows_ND.shape[0] // places_TK.shape[1]))
-    places = places_TK.split(step)
-    kept = [None] * len(places) if kept_TK is None else kept_TK.split(step)
-    gathered = (_gather(rows_ND, *some) for some in zip(places, kept, strict=True))
-    if weights_TK is None:
-        sums = [outputs_tKD.sum(1) for outputs_tKD in gathered]
-    else:
-        weights = weights_TK.unsqueeze(1).split(step)
-        sums = [torch.bmm(*pair).squeeze(1) for pair in zip(weights, gathered, strict=True)]
-    return sums[0] if len(sums) == 1 else torch.cat(sums)
+    if kept_TK is None:
+        return F.embedding_bag(places_TK, rows, mode="sum")
+    # Some tokens at a time, so that no more than about N rows are copied.
+    step = max(1, -(-rows.shape[0] // places_TK.shape[1]))
+    parts = zip(places_TK.split(step), kept_TK.split(step), strict=True)
+    return torch.cat([_gather_choices(rows, *part).sum(1) for part in parts])
 
 
-def _gather(rows_ND: Tensor, places_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
-    outputs_TKD = rows_ND.index_select(0, places_TK.flatten()).unflatten(0, places_TK.shape)
-    return outputs_TKD if kept_TK is None else torch.where(kept_TK.unsqueeze(2), outputs_TKD, 0)
-
-
-def _used(permutation: Permutation) -> Tensor:
+def used_rows(permutation: Permutation) -> Tensor:
     """(N,) bool: the rows that hold a kept assignment."""
     rows_N = torch.arange(len(permutation.assignment_of_row), device=permutation.assignment_of_row.device)
     return rows_N < permutation.rows_per_expert.sum()
+
+
+def _gather_choices(rows_ND: Tensor, places_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
+    outputs_TKD = rows_ND.index_select(0, places_TK.flatten()).unflatten(0, places_TK.shape)
+    return outputs_TKD if kept_TK is None else torch.where(kept_TK.unsqueeze(2), outputs_TKD, 0)
 
 
 def inverse(order_A: Tensor) -> Tensor:

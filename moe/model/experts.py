@@ -1,13 +1,10 @@
-"""Feed-forward blocks: one SwiGLU, and E of them stacked over expert-sorted rows.
-
-Shape suffixes: N rows, E experts, D d_model, F hidden width.
-"""
+"""Feed-forward blocks: one SwiGLU, and E of them in stacked weights."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.model.grouped_mm import ExpertPath, choose_expert_path, grouped_mm, grouped_mm_reference
+from moe.dispatch.permutation import Permutation
+from moe.model.grouped_swiglu import ExpertPath, choose_expert_path, grouped_swiglu, swiglu
 
 
 class SwiGLU(nn.Module):
@@ -26,7 +23,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        return (F.silu(hidden @ self.w_gate) * (hidden @ self.w_up)) @ self.w_down
+        return swiglu(hidden, self.w_gate, self.w_up, self.w_down)
 
 
 class GroupedExperts(nn.Module):
@@ -37,8 +34,7 @@ class GroupedExperts(nn.Module):
         expert_ids: E consecutive ones, those of this process.
         d_model: D.
         d_ff_expert: F.
-        path: `grouped_mm` (fast) or `loop` (the reference; any dtype and width). None: the fast one where the
-            device and dtype of the rows allow it.
+        path: how they multiply, see `grouped_swiglu`. None: the faster way for the device and dtype.
     """
 
     def __init__(
@@ -49,20 +45,19 @@ class GroupedExperts(nn.Module):
         self.w_gate = nn.Parameter(torch.empty(len(expert_ids), d_model, d_ff_expert))
         self.w_up = nn.Parameter(torch.empty(len(expert_ids), d_model, d_ff_expert))
         self.w_down = nn.Parameter(torch.empty(len(expert_ids), d_ff_expert, d_model))
-        self.path = path
+        self.path: ExpertPath | None = path
 
-    def forward(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """Apply each expert to its rows.
+    def forward(self, tokens: Tensor, gate_weights: Tensor, permutation: Permutation) -> Tensor:
+        """Sum each token's expert outputs by gate weight; see `grouped_swiglu`.
 
         Args:
-            rows: (N, D), sorted by expert.
-            tokens_per_expert: (E,) int64; the rows past their sum come back undefined.
+            tokens: (M, D).
+            gate_weights: (M, K).
+            permutation: which row of the E experts holds which choice of these tokens.
 
         Returns:
-            (N, D), same dtype. An expert without rows has zero gradients, not none.
+            (M, D), same dtype.
         """
-        path = self.path or choose_expert_path(rows.device, rows.dtype)
-        product = grouped_mm if path == "grouped_mm" else grouped_mm_reference
-        gate_NF = product(rows, self.w_gate, tokens_per_expert)
-        up_NF = product(rows, self.w_up, tokens_per_expert)
-        return product(F.silu(gate_NF) * up_NF, self.w_down, tokens_per_expert)
+        weights = (self.w_gate, self.w_up, self.w_down)
+        path: ExpertPath = self.path or choose_expert_path(weights)
+        return grouped_swiglu(tokens, gate_weights, weights, permutation, path)

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: route, dispatch, experts, combine.
 
-Shape suffixes: B sequences, S positions, T = B * S tokens, K experts per token, E experts, D d_model.
+Shape suffixes: B sequences, S positions, T = B * S tokens, M tokens that came to the experts of this process,
+K experts per token, E experts, D d_model.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from moe.dispatch.capacity import expert_capacity
 from moe.dispatch.interface import Dispatcher
 from moe.dispatch.local import LocalDispatcher
 from moe.model.experts import GroupedExperts, SwiGLU
-from moe.model.grouped_mm import ExpertPath
+from moe.model.grouped_swiglu import ExpertPath
 from moe.model.initialization import init_weights
 from moe.model.losses import load_balancing_loss, router_entropy, router_z_loss
 from moe.model.router import Router
@@ -46,13 +47,13 @@ class MoELayer(nn.Module):
     """A sparse feed-forward layer.
 
     1. The router picks K experts and gate weights for every token.
-    2. The dispatcher brings the tokens to their experts, sorted by expert. In training a `capacity_factor`
+    2. The dispatcher brings the tokens to the processes of their experts. In training a `capacity_factor`
        bounds each expert's share, lowest gate weights dropped first; in evaluation nothing is dropped, so
        that no token's output depends on later tokens.
-    3. The experts transform their rows.
-    4. The dispatcher brings the rows back and sums them by gate weight.
+    3. The experts transform the tokens; each token's outputs are summed by gate weight.
+    4. The dispatcher brings the sums back and adds up those of a token that was in several processes.
 
-    While the rows travel, shared experts, if any, transform every token; their output is added at the end
+    While the tokens travel, shared experts, if any, transform every token; their output is added at the end
     (Dai et al. 2024, DeepSeekMoE, eq. 9).
 
     Args:
@@ -105,9 +106,9 @@ class MoELayer(nn.Module):
 
         in_flight = self.dispatcher.dispatch(tokens_TD, routing, capacity)
         shared_TD = None if self.shared_experts is None else self.shared_experts(tokens_TD)
-        rows_ND, metadata = self.dispatcher.receive(in_flight), in_flight.metadata
-        rows_ND = self.experts(rows_ND, metadata.permutation.rows_per_expert)
-        output_TD = self.dispatcher.combine(rows_ND, metadata)
+        arrived_MD, metadata = self.dispatcher.receive(in_flight), in_flight.metadata
+        sums_MD = self.experts(arrived_MD, metadata.gate_weights, metadata.permutation)
+        output_TD = self.dispatcher.combine(sums_MD, metadata)
         if shared_TD is not None:
             output_TD = output_TD + shared_TD
 

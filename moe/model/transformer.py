@@ -15,7 +15,7 @@ from moe.dispatch.interface import Dispatcher
 from moe.dispatch.local import LocalDispatcher
 from moe.model.attention import NORM_EPS, Attention, rotary_tables
 from moe.model.experts import SwiGLU
-from moe.model.grouped_mm import ExpertPath
+from moe.model.grouped_swiglu import ExpertPath
 from moe.model.initialization import init_weights
 from moe.model.moe_layer import MoEAux, MoELayer
 

@@ -29,7 +29,7 @@ PUBLISHED = {
 
 def build_empty(config):
     with torch.device("meta"):
-        return Transformer(config, expert_path="loop")
+        return Transformer(config, expert_path="reference")
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "zoo").glob("*.yaml")), ids=lambda path: path.stem)
@@ -120,16 +120,13 @@ def test_the_grid_is_large_enough():
 @pytest.mark.parametrize("parts", GRID[::4], ids=range(0, len(GRID), 4))
 def test_forward_flops_equal_those_that_torch_counts(parts):
     config = small(parts)
-    model, moe = config.model, config.moe
+    model = config.model
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        Transformer(config, expert_path="loop").eval()(torch.randint(0, 99, (2, 16)))
-    # torch counts attention in full, 4 S per dimension of the heads; causal attention needs 2 (S + 1). It
-    # counts the weighted sum over a token's experts as a product; by our convention such sums are free.
+        Transformer(config, expert_path="reference").eval()(torch.randint(0, 99, (2, 16)))
+    # torch counts attention in full, 4 S per dimension of the heads; causal attention needs 2 (S + 1).
     width = model.n_heads * model.head_dim
     causal_instead_of_full = model.n_layers * width * (2 * 17 - 4 * 16)
-    sparse_layers = 0 if moe.is_dense else sum("router" in layer for layer in count_parameters(config).layers)
-    weighted_sums = sparse_layers * 2 * moe.top_k * model.d_model
-    measured = counter.get_total_flops() / (2 * 16) + causal_instead_of_full - weighted_sums
+    measured = counter.get_total_flops() / (2 * 16) + causal_instead_of_full
     assert measured == pytest.approx(count_parameters(config).flops_per_token_forward, rel=1e-9)
 
 
@@ -148,16 +145,10 @@ def test_training_flops_equal_those_that_torch_counts_with_and_without_recomputa
         whole_blocks = set_checkpoint_early_stop(False)  # else a block's last product is not repeated
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), whole_blocks:
             model(torch.randint(0, 1024, (2, 64))).logits.sum().backward()
-        width, layers, top_k = config.model.d_model, config.model.n_layers, config.moe.top_k
+        width, layers = config.model.d_model, config.model.n_layers
         passes = 4 if checkpointing else 3
         causal_instead_of_full = layers * width * (2 * 65 - 4 * 64)
-        weighted_sums = 0 if config.moe.is_dense else layers * 2 * top_k * width
-        # The gradient of the weighted sum is no matrix product here, so only its forward passes count.
-        measured = (
-            counter.get_total_flops() / (2 * 64)
-            + passes * causal_instead_of_full
-            - (passes - 2) * weighted_sums
-        )
+        measured = counter.get_total_flops() / (2 * 64) + passes * causal_instead_of_full
         expected = counts.flops_per_token_recompute if checkpointing else counts.flops_per_token_train
         assert measured == pytest.approx(expected, rel=1e-9)
 

@@ -17,7 +17,7 @@ from moe.dispatch.interface import RouterOutput
 from moe.dispatch.local import LocalDispatcher
 from moe.distributed import collectives
 from moe.distributed.groups import ParallelGroups
-from moe.model.grouped_mm import ExpertPath
+from moe.model.grouped_swiglu import ExpertPath
 from moe.model.moe_layer import MoELayer
 from moe.training.engine import start
 from tests.support.models import gradient_of, on_fake_cuda

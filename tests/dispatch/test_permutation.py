@@ -35,9 +35,7 @@ def test_unpermute_brings_back_what_permute_copied(routing):
     plan = planned(indices, 8)
     rows = permute(hidden, plan)
     torch.testing.assert_close(unpermute(rows, plan), indices.shape[1] * hidden)
-    only_last = torch.zeros(indices.shape)
-    only_last[:, -1] = 0.5
-    assert torch.equal(unpermute(rows, plan, only_last), 0.5 * hidden)
+    assert torch.equal(rows, hidden.repeat_interleave(indices.shape[1], 0)[plan.assignment_of_row])
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -72,35 +70,21 @@ def test_both_directions_equal_their_references_with_gradients(capacity):
     expected = torch.autograd.grad((reference * weights).sum(), hidden)
     torch.testing.assert_close(got, expected)
 
-    for by in (None, torch.rand(12, 2, dtype=torch.float64, requires_grad=True)):
-        forward, reference = unpermute(rows, plan, by), unpermute_reference(rows, plan, by)
-        torch.testing.assert_close(forward, reference)
-        weights, inputs = torch.randn_like(forward), [rows] if by is None else [rows, by]
-        got = torch.autograd.grad((forward * weights).sum(), inputs)
-        expected = torch.autograd.grad((reference * weights).sum(), inputs)
-        torch.testing.assert_close(got, expected)
+    forward, reference = unpermute(rows, plan), unpermute_reference(rows, plan)
+    torch.testing.assert_close(forward, reference)
+    weights = torch.randn_like(forward)
+    got = torch.autograd.grad((forward * weights).sum(), rows)
+    expected = torch.autograd.grad((reference * weights).sum(), rows)
+    torch.testing.assert_close(got, expected)
 
 
-def test_tokens_with_few_rows_here_are_summed_like_the_reference_and_cost_few_rows():
+def test_tokens_with_few_rows_here_are_summed_like_the_reference():
     places = torch.full((50, 8), 4)  # 4 marks a choice that is elsewhere
     places[:, 3] = torch.arange(50) % 4
-    plan = plan_routed(places, 4, 50)
-    rows = torch.randn(50, 6, requires_grad=True)
-    weights = torch.rand(50, 8, requires_grad=True)
-    kept = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward = unpermute(rows, plan, weights)
-    assert sum(kept) <= 50 * 6 + 50 * 8  # (T, K, D) would be 2,400
-    reference = unpermute_reference(rows, plan, weights)
+    places[:25, 6] = (torch.arange(25) + 1) % 4
+    plan = plan_routed(places, 4, 75)
+    rows = torch.randn(75, 6, requires_grad=True)
+    forward, reference = unpermute(rows, plan), unpermute_reference(rows, plan)
     torch.testing.assert_close(forward, reference)
-    for got, expected in zip(
-        torch.autograd.grad(forward.square().sum(), (rows, weights)),
-        torch.autograd.grad(reference.square().sum(), (rows, weights)),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, expected)
+    got, expected = (torch.autograd.grad(sums.square().sum(), rows) for sums in (forward, reference))
+    torch.testing.assert_close(got, expected)

@@ -9,7 +9,7 @@ import torch
 
 from moe.config import MoEConfig
 from moe.dispatch.capacity import expert_capacity
-from moe.model.grouped_mm import ExpertPath
+from moe.model.grouped_swiglu import ExpertPath
 from moe.model.moe_layer import MoELayer
 from tests.support.models import gradient_of
 
@@ -61,7 +61,13 @@ def naive_moe(layer, hidden, capacity_factor=None, top_k=2, normalize=True):
 
 
 @pytest.mark.parametrize(
-    ("path", "dtype"), [("loop", torch.float64), ("loop", torch.float32), ("grouped_mm", torch.float32)]
+    ("path", "dtype"),
+    [
+        ("reference", torch.float64),
+        ("loop", torch.float64),
+        ("loop", torch.float32),
+        ("grouped_mm", torch.float32),
+    ],
 )
 @pytest.mark.parametrize("capacity_factor", [None, 0.5, 1.0])
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import parse_config
-from moe.model.grouped_mm import ExpertPath
+from moe.model.grouped_swiglu import ExpertPath
 from moe.model.moe_layer import MoELayer
 from moe.model.transformer import Block, Transformer
 
@@ -19,9 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(
-    seed: int = 0, path: ExpertPath | None = "grouped_mm", **sections: dict[str, Any]
-) -> Transformer:
+def make_model(seed: int = 0, path: ExpertPath | None = None, **sections: dict[str, Any]) -> Transformer:
     """A transformer of `SMALL`, with the keys of some sections changed."""
     sections = {"run": {"seed": seed}} | sections
     merged = {name: SMALL.get(name, {}) | sections.get(name, {}) for name in {*SMALL, *sections}}

@@ -1,0 +1,280 @@
+"""The SwiGLU experts over the tokens that chose them: gather, multiply, weigh, sum by token.
+
+Each fast path is one autograd function, so that little is kept for the backward pass: the tokens, and two
+pre-activations of width F for each row. No copy of a token per expert is kept and no expert's output: where
+`y = (s a) w_down`, the gradient of the gate weight s is `<dy w_down^T, a>` (Guo et al. 2025, SonicMoE).
+
+Shape suffixes: M tokens, K choices per token, N rows, one for each choice that is kept, E experts, D d_model,
+F hidden width. A lower-case n stands for the rows that are multiplied at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe.dispatch.permutation import (
+    Permutation,
+    gather_rows,
+    permute_reference,
+    sum_by_token,
+    unpermute_reference,
+    used_rows,
+)  # fmt: skip
+from moe.model.products import DENSE, Products, grouped_products
+
+ExpertPath = Literal["loop", "grouped_mm", "reference"]
+_WIDE = 2**18  # elements of a matrix of an expert
+Weights = Sequence[Tensor]  # w_gate, w_up (E, D, F), w_down (E, F, D); those of one expert have no E
+
+
+def choose_expert_path(weights: Weights) -> ExpertPath:
+    """The fastest path for these weights' device, dtype and widths; see `grouped_swiglu`.
+
+    On CPU it is `grouped_mm` for narrow experts, whose cost is the number of operations, and `loop` for wide
+    ones, whose cost is the products. Measured with 8 to 64 experts of 128 x 256 to 512 x 1,024.
+    """
+    _, d_model, d_ff = weights[0].shape
+    dtype, width = weights[0].dtype, weights[0].element_size()
+    if weights[0].is_cuda:
+        return "grouped_mm" if dtype == torch.bfloat16 else "loop"
+    is_taken = dtype == torch.bfloat16 or (dtype == torch.float32 and not torch.compiler.is_compiling())
+    is_aligned = d_model * width % 16 == d_ff * width % 16 == 0
+    return "grouped_mm" if is_taken and is_aligned and d_model * d_ff < _WIDE else "loop"
+
+
+def grouped_swiglu(
+    tokens: Tensor, gate_weights: Tensor, weights: Weights, permutation: Permutation, path: ExpertPath
+) -> Tensor:
+    """Sum each token's expert outputs by gate weight.
+
+    Args:
+        tokens: (M, D), any float type.
+        gate_weights: (M, K), any float type.
+        weights: `w_gate`, `w_up` (E, D, F) and `w_down` (E, F, D), the dtype of `tokens`.
+        permutation: which row holds which choice of which token.
+        path: `loop`: expert by expert, any dtype and width; the host reads the numbers of rows, for which it
+            waits on a GPU. `grouped_mm`: all experts in one call, without waiting; fp32 (CPU only) or bf16,
+            with D and F times the bytes of an element multiples of 16. `reference`: the definition,
+            differentiated by autograd.
+
+    Returns:
+        (M, D), same dtype. A dropped choice adds nothing. An expert without rows gets gradients of zero.
+
+    Raises:
+        RuntimeError: from torch, on a dtype or width that `grouped_mm` does not take.
+    """
+    if path == "reference":
+        return grouped_swiglu_reference(tokens, gate_weights, weights, permutation)
+    function = _Loop if path == "loop" else _GroupedMM
+    return function.apply(tokens, gate_weights, *weights, permutation)
+
+
+def grouped_swiglu_reference(
+    tokens: Tensor, gate_weights: Tensor, weights: Weights, permutation: Permutation
+) -> Tensor:
+    """`grouped_swiglu` as it is defined, in plain operations."""
+    counts = permutation.rows_per_expert.tolist()
+    rows_ND = permute_reference(tokens, permutation)
+    dropped = rows_ND.shape[0] - sum(counts)
+    # unbind once: indexing w_gate[e] in the loop would make the backward pass O(E^2).
+    experts = zip(rows_ND.split([*counts, dropped]), *(weight.unbind(0) for weight in weights), strict=False)
+    outputs = [(F.silu(rows @ w_gate) * (rows @ w_up)) @ w_down for rows, w_gate, w_up, w_down in experts]
+    outputs_ND = torch.cat([*outputs, rows_ND.new_zeros(dropped, tokens.shape[1])])
+    return unpermute_reference(outputs_ND, permutation, gate_weights.to(tokens.dtype))
+
+
+def swiglu(hidden: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """`(silu(x w_gate) * (x w_up)) w_down` (Shazeer 2020, GLU Variants, eq. 6), by the products of `loop`.
+
+    Args:
+        hidden: (..., D), any float type.
+        w_gate: (D, F), same dtype.
+        w_up: (D, F), same dtype.
+        w_down: (F, D), same dtype.
+
+    Returns:
+        (..., D), same dtype.
+    """
+    return _Dense.apply(hidden.reshape(-1, hidden.shape[-1]), w_gate, w_up, w_down).view(hidden.shape)
+
+
+class _SwiGLU(NamedTuple):
+    """The arithmetic of one expert, or of all of them at once; with rows scaled before the last product."""
+
+    weights: Weights
+    products: Products
+
+    def forward(self, rows_nD: Tensor, scale_n1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The two pre-activations (n, F), and the output (n, D)."""
+        w_gate, w_up, w_down = self.weights
+        gate_nF, up_nF = (self.products.output(rows_nD, weight) for weight in (w_gate, w_up))
+        hidden_nF = F.silu(gate_nF).mul_(up_nF)
+        if scale_n1 is not None:
+            hidden_nF.mul_(scale_n1)
+        return gate_nF, up_nF, self.products.output(hidden_nF, w_down)
+
+    def backward(
+        self, grad_nD: Tensor, kept: "_Kept", scale_n1: Tensor | None, weight_grads: Weights
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of the rows (n, D) and of their scales (n,); those of the weights are written."""
+        rows_nD, gate_nF, up_nF = kept
+        w_gate, w_up, w_down = self.weights
+        # 1. Back through w_down, to the product of the two branches.
+        silu_nF = F.silu(gate_nF)
+        hidden_nF, scale_grads_n = silu_nF * up_nF, grad_nD.new_empty(0)
+        hidden_grad_nF = self.products.input_grad(grad_nD, w_down)
+        if scale_n1 is not None:
+            scale_grads_n = (hidden_grad_nF * hidden_nF).sum(1, dtype=_at_least_fp32(rows_nD))
+            hidden_nF.mul_(scale_n1)
+            hidden_grad_nF.mul_(scale_n1)
+        self.products.weight_grad(hidden_nF, grad_nD, weight_grads[2])
+        # 2. Through the activation, to the two pre-activations.
+        up_grad_nF = silu_nF.mul_(hidden_grad_nF)
+        gate_grad_nF = torch.ops.aten.silu_backward(hidden_grad_nF.mul_(up_nF), gate_nF)
+        self.products.weight_grad(rows_nD, gate_grad_nF, weight_grads[0])
+        self.products.weight_grad(rows_nD, up_grad_nF, weight_grads[1])
+        # 3. Through w_gate and w_up, to the rows.
+        rows_grad_nD = self.products.input_grad(gate_grad_nF, w_gate)
+        return rows_grad_nD.add_(self.products.input_grad(up_grad_nF, w_up)), scale_grads_n
+
+
+class _Kept(NamedTuple):
+    """What the backward pass needs of the forward pass."""
+
+    rows: Tensor  # (n, D)
+    gate: Tensor  # (n, F), before the activation
+    up: Tensor  # (n, F)
+
+
+class _Loop(torch.autograd.Function):
+    """Expert by expert: what is computed for the rows of one of them stays in the cache meanwhile.
+
+    An expert also multiplies a few of the rows behind its own, up to a number of rows that comes often: for a
+    product of a new shape oneDNN takes half a millisecond and half a MiB. What it makes of them is left out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens_MD: Tensor, gates_MK: Tensor, *rest: Any) -> Tensor:
+        *weights, permutation = rest
+        order_N = _with_rows_behind(permutation.assignment_of_row)
+        token_N, gates_N1 = _token_and_gate(order_N, gates_MK, tokens_MD.dtype)
+        sums_MD, pre_activations = _zeros_to_add_to(tokens_MD), []
+        for e, number, rows in _rows_of_experts(permutation):
+            token_n, expert = token_N[rows], _SwiGLU([weight[e] for weight in weights], DENSE)
+            *kept, output_nD = expert.forward(tokens_MD.index_select(0, token_n), gates_N1[rows])
+            sums_MD.index_add_(0, token_n[:number], output_nD[:number].to(sums_MD.dtype))
+            pre_activations += kept
+        ctx.permutation = permutation
+        ctx.save_for_backward(tokens_MD, gates_MK, *weights, *pre_activations)
+        return sums_MD.to(tokens_MD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        permutation: Permutation = ctx.permutation
+        tokens_MD, gates_MK, w_gate, w_up, w_down, *pre_activations = ctx.saved_tensors
+        weights, of_experts = (w_gate, w_up, w_down), iter(pre_activations)
+        order_N = _with_rows_behind(permutation.assignment_of_row)
+        token_N, gates_N1 = _token_and_gate(order_N, gates_MK, tokens_MD.dtype)
+        weight_grads = [torch.empty_like(weight) for weight in weights]
+        sums_MD, gate_grads_A = _zeros_to_add_to(tokens_MD), torch.zeros_like(gates_MK).flatten()
+        idle = set(range(len(w_gate)))
+        for e, number, rows in _rows_of_experts(permutation):
+            idle.remove(e)
+            token_n, expert = token_N[rows], _SwiGLU([weight[e] for weight in weights], DENSE)
+            grad_nD = grads[0].index_select(0, token_n)
+            grad_nD[number:] = 0
+            kept = _Kept(tokens_MD.index_select(0, token_n), next(of_experts), next(of_experts))
+            into = [grad[e] for grad in weight_grads]
+            rows_grad_nD, gate_grads_n = expert.backward(grad_nD, kept, gates_N1[rows], into)
+            sums_MD.index_add_(0, token_n[:number], rows_grad_nD[:number].to(sums_MD.dtype))
+            gate_grads_A[order_N[rows][:number]] = gate_grads_n[:number].to(gate_grads_A.dtype)
+        for grad in weight_grads:
+            for e in idle:
+                grad[e].zero_()
+        return sums_MD.to(tokens_MD.dtype), gate_grads_A.view_as(gates_MK), *weight_grads, None
+
+
+class _GroupedMM(torch.autograd.Function):
+    """All experts at once. Rows past the last expert's are undefined throughout, and nothing reads them."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_MD: Tensor, gates_MK: Tensor, *rest: Any) -> Tensor:
+        *weights, permutation = rest
+        _, gates_N1 = _token_and_gate(permutation.assignment_of_row, gates_MK, tokens_MD.dtype)
+        experts = _SwiGLU(weights, grouped_products(permutation.rows_per_expert))
+        *kept, output_ND = experts.forward(gather_rows(tokens_MD, permutation), gates_N1)
+        ctx.permutation = permutation
+        ctx.save_for_backward(tokens_MD, gates_MK, *weights, *kept)
+        return sum_by_token(output_ND, permutation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        permutation: Permutation = ctx.permutation
+        tokens_MD, gates_MK, w_gate, w_up, w_down, *pre_activations = ctx.saved_tensors
+        _, gates_N1 = _token_and_gate(permutation.assignment_of_row, gates_MK, tokens_MD.dtype)
+        experts = _SwiGLU((w_gate, w_up, w_down), grouped_products(permutation.rows_per_expert))
+        weight_grads = [torch.empty_like(weight) for weight in (w_gate, w_up, w_down)]
+        kept = _Kept(gather_rows(tokens_MD, permutation), *pre_activations)
+        grad_ND = gather_rows(grads[0], permutation)
+        rows_grad_ND, gate_grads_N = experts.backward(grad_ND, kept, gates_N1, weight_grads)
+        gate_grads_N = gate_grads_N.where(used_rows(permutation), 0).to(gates_MK.dtype)
+        gate_grads_A = torch.zeros_like(gates_MK).flatten()
+        gate_grads_A = gate_grads_A.scatter(0, permutation.assignment_of_row, gate_grads_N)
+        return sum_by_token(rows_grad_ND, permutation), gate_grads_A.view_as(gates_MK), *weight_grads, None
+
+
+class _Dense(torch.autograd.Function):
+    """One expert for all rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_nD: Tensor, *weights: Tensor) -> Tensor:
+        gate_nF, up_nF, output_nD = _SwiGLU(weights, DENSE).forward(rows_nD, None)
+        ctx.save_for_backward(rows_nD, gate_nF, up_nF, *weights)
+        return output_nD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows_nD, gate_nF, up_nF, *weights = ctx.saved_tensors
+        weight_grads = [torch.empty_like(weight) for weight in weights]
+        block = _SwiGLU(weights, DENSE)
+        rows_grad_nD, _ = block.backward(grads[0], _Kept(rows_nD, gate_nF, up_nF), None, weight_grads)
+        return rows_grad_nD, *weight_grads
+
+
+def _rows_of_experts(permutation: Permutation) -> Iterator[tuple[int, int, slice]]:
+    """The experts that have rows, how many, and these rows with some of those behind them."""
+    start = 0
+    for expert, number in enumerate(permutation.rows_per_expert.tolist()):
+        if number:
+            step = _step(number)
+            yield expert, number, slice(start, start + -(-number // step) * step)
+        start += number
+
+
+def _step(number: int) -> int:
+    """What numbers of rows are rounded up to a multiple of: a 16th to a 32nd of them, at least 4."""
+    return max(4, 1 << max(number.bit_length() - 5, 0))
+
+
+def _with_rows_behind(order_N: Tensor) -> Tensor:
+    return F.pad(order_N, (0, _step(len(order_N)))) if len(order_N) else order_N
+
+
+def _token_and_gate(order_N: Tensor, gates_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The token (N,) and the gate weight (N, 1) of each row."""
+    return order_N // gates_MK.shape[1], gates_MK.flatten().index_select(0, order_N).to(dtype).unsqueeze(1)
+
+
+def _at_least_fp32(rows: Tensor) -> torch.dtype:
+    return torch.promote_types(rows.dtype, torch.float32)
+
+
+def _zeros_to_add_to(rows: Tensor) -> Tensor:
+    return torch.zeros_like(rows, dtype=_at_least_fp32(rows))
