@@ -1,7 +1,7 @@
 """Peak memory of one rank, from the configuration alone.
 
 The peak is either in the forward and backward pass, with the activations, or in the update, with its copy of
-the gradients. Python, the libraries and freed memory that an allocator keeps are not included.
+the gradients. Python, the libraries and freed memory that stays with the process are not included.
 """
 
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ from moe.accounting.counts import count_parameters
 from moe.config import Config
 from moe.training.deepspeed_config import REDUCE_BUCKET
 
-ADAM_BYTES = 12  # fp32 master weight and two moments per parameter, sharded over the ranks
+MOMENTS_BYTES = 8  # Adam's two, per parameter
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Memory:
     """Bytes on one rank, by part."""
 
     weights: int  # in the training precision; of the routed experts only the rank's own
-    optimizer: int  # the rank's ZeRO shard of fp32 master weights and Adam's moments
+    optimizer: int  # the rank's ZeRO shard of Adam's moments and, in bf16, of fp32 master weights
     gradients: int  # of one global batch; under ZeRO 2 the rank's shard
-    bucket: int  # DeepSpeed's buffer for reducing gradients
+    bucket: int  # DeepSpeed's buffer for reducing gradients; a single process under ZeRO 1 needs none
     activations: int  # what the forward pass keeps for the backward pass
     recomputed: int  # activations of the block that is being recomputed, with activation checkpointing
     dispatch: int  # rows sent to the experts of one layer and back; 0 if the experts are not split over ranks
@@ -63,9 +63,9 @@ def estimate_memory(config: Config, world_size: int, device: str) -> Memory:
     final_norm = (2 * FP32 + width) * model.d_model
     return Memory(
         weights=held * width,
-        optimizer=share * ADAM_BYTES,
+        optimizer=share * (MOMENTS_BYTES + (FP32 if width != FP32 else 0)),
         gradients=share * FP32 if parallel.zero_stage == 2 else held * width,
-        bucket=REDUCE_BUCKET[device] * width,
+        bucket=REDUCE_BUCKET[device] * width if world_size > 1 or parallel.zero_stage == 2 else 0,
         activations=tokens * (kept + final_norm),
         recomputed=tokens * max(blocks) if recomputes else 0,
         dispatch=int(tokens * 2 * rows_per_token(config) * model.d_model * width),
@@ -87,10 +87,9 @@ def _block_activations(config: Config, layer: int) -> int:
     shared = moe.num_shared_experts * moe.d_ff_expert
     if layer not in config.moe_layers or moe.is_dense:
         hidden = moe.d_ff_expert + shared if layer in config.moe_layers else model.d_ff
-        return attention + norm + width * (model.d_model + 4 * hidden)
+        return attention + norm + width * (model.d_model + 2 * hidden)
     router = FP32 * (model.d_model + 2 * moe.num_experts)
     rows = moe.top_k * min(1.0, moe.capacity_factor or 1.0)
-    experts = int(width * rows * (2 * model.d_model + 4 * moe.d_ff_expert))
-    if shared:
-        experts += width * 4 * shared + (width * model.d_model if width != FP32 else 0)
-    return attention + norm + router + experts
+    experts = int(width * rows * 2 * moe.d_ff_expert) + width * 2 * shared
+    tokens = width * model.d_model if width != FP32 else 0  # in fp32 they are the router's
+    return attention + norm + router + tokens + experts

@@ -149,6 +149,9 @@ class ParallelConfig(Section):
     precision: _Extends[Literal["fp32", "bf16"]] = _key(
         "fp32", "of weights and activations, not of the router"
     )
+    keep_freed_memory: bool = _key(
+        True, "on CPU with glibc, reuse freed memory instead of giving it back to the system: faster"
+    )
     timeout_s: float = _key(600.0, "seconds after which a stuck collective ends the run", gt=0, le=1e6)
 
 

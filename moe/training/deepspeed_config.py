@@ -15,10 +15,12 @@ def deepspeed_config(config: Config, world_size: int, device: str) -> dict[str, 
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps(world_size),
-        "gradient_clipping": config.optim.grad_clip,
+        # The engine takes the norm and clips: DeepSpeed would copy every gradient to fp64 for it.
+        "gradient_clipping": 0.0,
         "zero_optimization": {
             "stage": config.parallel.zero_stage,
             "reduce_bucket_size": REDUCE_BUCKET[device],
+            "compute_grad_norm": False,
         },
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.parallel.precision == "bf16"},

@@ -1,4 +1,4 @@
-"""The only importer of DeepSpeed: start the process group, wrap the model in ZeRO, update it.
+"""DeepSpeed, which the library imports here only: start the process group, wrap the model in ZeRO, update it.
 
 A single process runs the same code with world size 1, and a CPU the same code over gloo.
 """
@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.linalg import vector_norm
 
 from moe.config import Config, ParallelConfig
 from moe.distributed.groups import ParallelGroups, World
-from moe.distributed.launch import choose_device, join, set_timeouts
+from moe.distributed.launch import choose_device, join, keep_freed_memory, set_timeouts
 from moe.distributed.topology import Topology
 from moe.model.experts import GroupedExperts
 from moe.model.parameter_roles import Role, parameter_roles
@@ -28,8 +27,7 @@ from moe.training.zero_state import ZeroState
 class GradNorms(NamedTuple):
     """L2 norms of the gradient of one update, before clipping; a parameter counts once, wherever it lives.
 
-    `total` is the norm that DeepSpeed clips by. Its parts are computed here: `total^2 = dense^2 + router^2 +
-    experts^2`. A part is None if the model has no such parameters.
+    `total^2 = dense^2 + router^2 + experts^2`. A part is None if the model has no such parameters.
     """
 
     total: float
@@ -42,11 +40,12 @@ class GradNorms(NamedTuple):
         return {name: getattr(self, name) for name in _FAMILIES}
 
 
-_FAMILIES = ("dense", "router", "experts")
+_FAMILIES = ("dense", "router", "experts")  # the order of the fields
+_NORM_PIECE = 2**16  # elements; the fp32 norm of 10^8 of them at once is off by 1 %
 
 
-def _family(role: Role) -> str:
-    return role if role in _FAMILIES else "dense"
+def _family(role: Role) -> int:
+    return _FAMILIES.index(role if role in _FAMILIES else "dense")
 
 
 def start(parallel: ParallelConfig) -> World:
@@ -55,6 +54,8 @@ def start(parallel: ParallelConfig) -> World:
     Raises:
         ConfigError: `parallel.ep_size` does not divide the number of ranks.
     """
+    if parallel.keep_freed_memory:
+        keep_freed_memory()
     device = choose_device(parallel)
     os.environ["DS_ACCELERATOR"] = device.type
     join(parallel, device)
@@ -104,7 +105,8 @@ class Engine:
 
         self.world = world
         self._grad_clip = config.optim.grad_clip
-        self._roles = parameter_roles(model)
+        roles = parameter_roles(model)
+        self._family_of = {weight: _family(roles[name]) for name, weight in model.named_parameters()}
         groups = parameter_groups(model, config.optim.weight_decay)
         if world.groups.ep_size > 1:
             groups = _split_experts(model, groups, world.groups.ep_size)
@@ -120,10 +122,14 @@ class Engine:
             config=deepspeed_config(config, world.size, world.device.type),
         )
         self._deepspeed: Any = wrapped
+        self._adamw: Any = optimizer
+        # A single process has nothing to reduce, and is spared DeepSpeed's three copies of the gradients.
+        self._reduces = world.size > 1 or config.parallel.zero_stage == 2
+        wrapped.enable_backward_allreduce = self._reduces
         self.training_state = ZeroState(self.module, wrapped.optimizer)
+        if config.parallel.precision == "fp32":
+            self.training_state.train_in_place()
         set_timeouts(config.parallel.timeout_s)  # DeepSpeed has made groups of its own
-        self._squares = torch.zeros(len(_FAMILIES), dtype=torch.float64, device=world.device)
-        optimizer.register_step_pre_hook(self._add_squares)
 
     @property
     def module(self) -> Transformer:
@@ -146,28 +152,30 @@ class Engine:
         """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        updates = self._deepspeed.is_gradient_accumulation_boundary()
-        self._squares.zero_()
+        if not self._deepspeed.is_gradient_accumulation_boundary():
+            self._deepspeed.step()
+            return None
+        if not self._reduces:
+            self._deepspeed.optimizer.overlapping_partition_gradients_reduce_epilogue()
+        squares = self.sum_over_ranks(self._squares_by_family())
+        if self._grad_clip:  # the update divides by it, where it reads the gradient anyway
+            self._adamw.grad_scale = ((squares.sum().sqrt() + 1e-6) / self._grad_clip).clamp(min=1).float()
         self._deepspeed.step()
-        return self._grad_norms(float(self._deepspeed.get_global_grad_norm())) if updates else None
+        return self._grad_norms(squares)
 
-    def _add_squares(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """Add up the squares of the clipped gradient that ZeRO hands to AdamW, group by group."""
-        stepped = {id(flat) for group in optimizer.param_groups for flat in group["params"]}
-        for name, parameter in self.module.named_parameters():
-            for flat, _inside, place in self.training_state.parts_of(parameter):
-                if id(flat) in stepped:
-                    assert flat.grad is not None
-                    square = vector_norm(flat.grad[place], dtype=torch.float64).square()
-                    self._squares[_FAMILIES.index(_family(self._roles[name]))] += square
+    def _squares_by_family(self) -> Tensor:
+        """This rank's share of the squared gradient norms, (families,) fp64."""
+        norms: list[list[Tensor]] = [[torch.zeros((), device=self.world.device)] for _ in _FAMILIES]
+        for parameter, gradient in self.training_state.gradients():
+            # As exact as fp64 throughout, which would copy every gradient.
+            pieces = gradient.flatten().split(_NORM_PIECE)
+            norms[self._family_of[parameter]] += torch.ops.aten._foreach_norm.Scalar(pieces, 2, torch.float32)
+        return torch.stack([torch.stack(each).double().square().sum() for each in norms])
 
-    def _grad_norms(self, total: float) -> GradNorms:
-        self.sum_over_ranks(self._squares)
-        clip = self._grad_clip
-        shrunk = max(1.0, (total + 1e-6) / clip) if clip else 1.0  # what ZeRO divided the gradient by
-        norms = dict(zip(_FAMILIES, (self._squares.sqrt() * shrunk).tolist(), strict=True))
-        present = {_family(role) for role in self._roles.values()}
-        return GradNorms(total, **{name: norms[name] if name in present else None for name in _FAMILIES})
+    def _grad_norms(self, squares: Tensor) -> GradNorms:
+        total, *parts = torch.cat([squares.sum(0, keepdim=True), squares]).sqrt().tolist()
+        present = set(self._family_of.values())
+        return GradNorms(total, *(part if i in present else None for i, part in enumerate(parts)))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks, in place."""

@@ -64,6 +64,19 @@ class ZeroState:
                     )
             parameter.copy_(checkpoint.read("weights", name, start, parameter.numel()).view(parameter.shape))
 
+    def train_in_place(self) -> None:
+        """Let AdamW update the model's own weights, of which fp32 master weights are an equal copy."""
+        for i, master in enumerate(self._zero.single_partition_of_fp32_groups):
+            (master.data,) = self._zero.get_bit16_param_group(i)
+        self._zero._link_all_hp_params()  # DeepSpeed's views of the copy would keep it alive
+
+    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Parameters and this rank's part of their gradients, from the last backward pass to the update."""
+        for group, parts in self._zero.averaged_gradients.items():
+            parts = (part for part in parts if not getattr(part, "_zero_padding", False))
+            # Not strict: a rank with none of the group's parameters has one tensor of padding, not marked so.
+            yield from zip(self._zero.params_in_partition[group], parts, strict=False)
+
     def parts_of(self, parameter: nn.Parameter) -> Iterator[tuple[Tensor, slice, slice]]:
         """This rank's part of a parameter: the flat fp32 tensor it is in, and its places in both.
 

@@ -8,7 +8,8 @@ FREE = """
 run.name run.dir run.resume data.revision data.cache_dir
 train.micro_batch_size train.eval_interval train.checkpoint_interval train.keep_checkpoints
 train.activation_checkpointing train.compile
-parallel.device parallel.ep_size parallel.dispatch parallel.overlap parallel.zero_stage parallel.timeout_s
+parallel.device parallel.ep_size parallel.dispatch parallel.overlap parallel.keep_freed_memory
+parallel.zero_stage parallel.timeout_s
 log.interval log.wandb log.wandb_project
 cost.peak_flops cost.watts cost.usd_per_hour cost.pue cost.kg_co2e_per_kwh
 """

@@ -20,6 +20,8 @@ from moe.training.engine import Engine, start
 from moe.training.loss import training_loss
 from tests.support.paths import TINY
 
+COMMON = ["model.vocab_size=1024", "parallel.keep_freed_memory=false"]
+
 
 def resident(field: str) -> int:
     """Bytes of `VmRSS`, now, or `VmHWM`, at most since the last reset."""
@@ -44,9 +46,9 @@ def main(calls: list[list[str]]) -> None:
     """Print the measured and the estimated peak of each list of overrides of tiny.yaml."""
     measured, rank = [], 0
     for i, overrides in enumerate([calls[0], *calls]):
-        config = load_config(TINY, ["model.vocab_size=1024", *overrides])
+        config = load_config(TINY, [*COMMON, *overrides])
         if i == 0:  # once for what libraries load and keep
-            config = load_config(TINY, ["model.vocab_size=1024", *overrides, "model.d_model=64"])
+            config = load_config(TINY, [*COMMON, *overrides, "model.d_model=64"])
         world = start(config.parallel)
         rank = world.rank
         gc.collect()
