@@ -1,5 +1,7 @@
 """Train configurations that differ in settings of the experts at equal active FLOPs, and report them.
 
+With --hold seconds they train for equal time instead of equal steps.
+
 python scripts/ablate.py configs/ablation.yaml --vary moe.num_experts=1,2,4,8,16,32 --out ablations/experts
 python scripts/ablate.py configs/ablation.yaml --vary granularity=1,2,4 --out ablations/granularity --dry-run
 """
@@ -9,14 +11,18 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe.ablation.ablation_folder import AblationFolder
-from moe.ablation.cells import GRANULARITY, plan_cells, shortened
+from moe.ablation.cells import GRANULARITY, Cell, plan_cells, shortened
 from moe.ablation.estimate import plan_table, seconds_per_run
 from moe.ablation.html_report import write_report
-from moe.ablation.runner import AblationRunner, Task, stopped_by_signals
+from moe.ablation.race import plan_race, race_table, uncertain
+from moe.ablation.runner import AblationRunner, Conditions, Task, stopped_by_signals
+from moe.ablation.step_times import ROUNDS, measure_step_times
 from moe.config import Config, ConfigError, RunError, load_config, override_value
 from moe.config.command_line import INTERRUPTED, OneLineParser, command, positive_int
 from moe.data.tokenizer import with_vocabulary
@@ -25,6 +31,7 @@ from moe.tables import align, plain, short
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 QUICK = 10  # times fewer steps
+RACE = "seconds"  # the quantity that a race by the clock holds
 
 
 @command
@@ -35,18 +42,30 @@ def main(arguments: list[str]) -> int:
     start = parse_launcher(options)
     config = reference(options)
     device = choose_device(config.parallel).type
-    cells = plan_cells(config, parse_vary(options.vary), options.hold, device)
-    folder.check(cells)
+    race = options.hold == RACE
+    hold = "active_flops" if race else options.hold
+    cells = plan_cells(config, parse_vary(options.vary), hold, device, baselines=not options.no_dense)
     on_cpu = device == "cpu" and not options.launcher
     jobs = options.jobs or (len(os.sched_getaffinity(0)) if on_cpu else 1)
-    seconds = seconds_per_run(cells, config) if on_cpu else None
-    print(align(list(plan_table(cells, device, seconds))))
-    tokens = short(config.train.steps * config.train.global_batch_size * config.data.seq_len)
-    duration = "the time was not estimated: see scripts/count.py --gpu"
-    if seconds:
-        minutes = plain(sum(seconds) * len(seeds) / jobs / 60)
-        duration = f"about {minutes} minutes, {jobs} at a time, evaluation not counted"
-    print(f"{len(cells) * len(seeds)} runs of {tokens} tokens; {duration}")
+    # A thread each: runs of several threads on the same cores wait for each other by spinning, and rounding
+    # depends on the number of threads.
+    conditions = Conditions(start, min(jobs, len(cells) * len(seeds)), threads=1 if on_cpu else None)
+    record = {"vary": options.vary, "hold": options.hold, "quick": options.quick}
+    if race:
+        measured_with = {"--jobs": conditions.jobs, "--launcher": options.launcher, "parallel.device": device}
+        record["race"] = measured_with
+    folder.check_race(record.get("race"))
+    if race:
+        rounds = ROUNDS // 5 if options.quick else ROUNDS
+        measure = partial(measure_step_times, train=TRAIN, conditions=conditions, rounds=rounds)
+        try:
+            with stopped_by_signals():
+                cells = plan_race(cells, config, folder, measure)
+        except KeyboardInterrupt:
+            print("stopped before any run; nothing was written")
+            return INTERRUPTED
+    folder.check(cells)
+    show_plan(cells, config, len(seeds), device, conditions)
     if options.quick:
         print(
             f"quick: 1/{QUICK} of the steps, models far from converged: neither the size of the "
@@ -55,13 +74,10 @@ def main(arguments: list[str]) -> int:
     if options.dry_run:
         return 0
     with folder.locked():
-        folder.add_plan(cells, seeds, {"vary": options.vary, "hold": options.hold, "quick": options.quick})
+        folder.add_plan(cells, seeds, record)
         # A whole curve of one seed comes before the next seed's.
         tasks = [Task(cell, seed, folder.run(cell.name, seed)) for seed in seeds for cell in cells]
-        # A thread each: runs of several threads on the same cores wait for each other by spinning, and
-        # rounding depends on the number of threads.
-        runner = AblationRunner(folder, tasks, [*start, str(TRAIN)], jobs, threads=1 if on_cpu else None)
-        return train_and_report(runner, tasks, folder)
+        return train_and_report(AblationRunner(folder, tasks, TRAIN, conditions), tasks, folder)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -72,9 +88,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     vary_help = "a setting of the experts and its values; granularity=1,2 splits every expert into 1 or 2"
     add("--vary", action="append", required=True, metavar="KEY=V1,V2", help=vary_help)
     add("--seeds", default="0,1,2", help="default 0,1,2")
-    hold_help = "what the width of the experts keeps equal (default active_flops)"
-    holds = ("active_flops", "total_params", "memory", "none")
+    hold_help = "what the width of the experts keeps equal (default active_flops); seconds: active FLOPs per "
+    hold_help += "token, and every cell trains for the measured time of the dense one"
+    holds = ("active_flops", "total_params", "memory", RACE, "none")
     add("--hold", choices=holds, default="active_flops", help=hold_help)
+    add("--no-dense", action="store_true", help="add no dense models")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the ablation")
     jobs_help = "runs side by side, a thread each (default: one per core; one on a GPU or with --launcher)"
     add("--jobs", type=positive_int, help=jobs_help)
@@ -82,7 +100,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--launcher", default="", help=launcher_help)
     add("--quick", action="store_true", help=f"1/{QUICK} of the steps; a trial, not a result")
     add("--dry-run", action="store_true", help="print the plan and train nothing")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.no_dense and options.hold == RACE:
+        problem = f"with --hold {RACE} all cells get the time of a dense one; leave one of the two out"
+        raise ConfigError("--no-dense", problem)
+    return options
 
 
 def reference(options: argparse.Namespace) -> Config:
@@ -137,6 +159,26 @@ def parse_vary(options: list[str]) -> dict[str, list[Any]]:
         if len({str(value) for value in found[key]}) < len(texts):
             raise ConfigError("--vary", f"{option!r} has a value twice")
     return found
+
+
+def show_plan(
+    cells: Sequence[Cell], config: Config, num_seeds: int, device: str, conditions: Conditions
+) -> None:
+    """Print what will be trained, and how long it takes: as measured in a race, else roughly, on a CPU."""
+    raced = [cell.planned_seconds for cell in cells if cell.planned_seconds is not None]
+    seconds = raced or (seconds_per_run(cells, config) if conditions.threads else None)
+    print(align(list(plan_table(cells, device, seconds))))
+    if raced:
+        print(align(list(race_table(cells, config))))
+        if warning := uncertain(cells):
+            print(f"warning: {warning}")
+    fewest, most = (short(limit(cell.tokens for cell in cells)) for limit in (min, max))
+    duration = "the time was not estimated: see scripts/count.py --gpu"
+    if seconds:
+        minutes = plain(sum(seconds) * num_seeds / conditions.jobs / 60)
+        duration = f"about {minutes} minutes, {conditions.jobs} at a time, evaluation not counted"
+    tokens = most if fewest == most else f"{fewest} to {most}"
+    print(f"{len(cells) * num_seeds} runs of {tokens} tokens; {duration}")
 
 
 def train_and_report(runner: AblationRunner, tasks: list[Task], folder: AblationFolder) -> int:

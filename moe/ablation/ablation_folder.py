@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moe.ablation.cells import Cell, spelled
+from moe.ablation.cells import Cell, StepTime, spelled
 from moe.config import ConfigError, dump_config, flat_config, parse_config
 from moe.runs.resuming import sets_results
 from moe.runs.run_folder import RunFolder
@@ -54,6 +54,33 @@ class AblationFolder:
                     problem = f"{cell.name} has {key} {spelled(old[key])} there, not {spelled(value)}"
                     raise ConfigError("--out", f"{self.path}: {problem}; choose another folder")
 
+    def check_race(self, conditions: Mapping[str, Any] | None) -> None:
+        """Check that the plan, if there is one, is that of a race under these conditions, or of none.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        plan = self._read_plan()
+        there = plan.get("race")
+        if plan["cells"] and (there is None) != (conditions is None):
+            kind = "no race, but equal steps" if there is None else "a race by the clock"
+            raise ConfigError("--hold", f"{self.path} was planned as {kind}; choose another folder")
+        for key, value in (conditions or {}).items():
+            if there and there.get(key) != value:
+                problem = f"{value!r}, but step times in {self.path} were measured with {there.get(key)!r}"
+                raise ConfigError(key, f"{problem}; use that, or choose another folder")
+
+    def step_times(self) -> dict[str, StepTime]:
+        """The step times of the cells of a race, by the names of the cells."""
+        cells = self._read_plan()["cells"].items()
+        return {name: StepTime(**cell["step_time"]) for name, cell in cells if cell.get("step_time")}
+
+    def planned_as(self, cell: Cell) -> str | None:
+        """The name of the planned cell with this name, or else with these experts; None if there is none."""
+        planned, moe = self._read_plan()["cells"], cell.config.moe.model_dump(mode="json")
+        alike = [name for name, other in planned.items() if other["config"]["moe"] == moe]
+        return cell.name if cell.name in planned else next(iter(alike), None)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Create the folder if needed, and keep other ablations out of it.
@@ -85,6 +112,7 @@ class AblationFolder:
                 "settings": dict(cell.settings),
                 "mismatch": cell.mismatch,
                 "is_dense": cell.is_dense,
+                "step_time": cell.step_time and cell.step_time._asdict(),
                 "seeds": sorted({*before.get(cell.name, {"seeds": []})["seeds"], *seeds}),
                 "config": cell.config.model_dump(mode="json"),
             }

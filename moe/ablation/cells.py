@@ -7,11 +7,12 @@ seed and on parameter names.
 
 import json
 import math
+import statistics
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from moe.accounting.counts import ModelCounts, count_parameters
 from moe.accounting.memory import estimate_memory
@@ -38,6 +39,26 @@ _BASELINES: Sequence[tuple[str, Hold, float]] = (
 )
 
 
+class StepTime(NamedTuple):
+    """Seconds of a training step of one cell, measured before its runs."""
+
+    seconds: float  # the median
+    low: float  # quartiles
+    high: float
+    steps: int  # how many were measured
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "StepTime":
+        """The step time from the seconds of two or more steps."""
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(median, low, high, len(seconds))
+
+    @property
+    def uncertainty(self) -> float:
+        """Standard error of the median, relative to it; as in a normal distribution with these quartiles."""
+        return 0.929 * (self.high - self.low) / math.sqrt(self.steps) / self.seconds
+
+
 @dataclass(frozen=True)
 class Cell:
     """One configuration of an ablation, to be trained once per seed."""
@@ -48,9 +69,22 @@ class Cell:
     counts: ModelCounts
     mismatch: float  # relative deviation of the held quantity from its target; 0 if nothing is held
     is_dense: bool  # whether the model has no router
+    step_time: StepTime | None = None  # in a race by the clock; `train.steps` follows from it
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of a run."""
+        return self.config.train.steps * self.config.train.global_batch_size * self.config.data.seq_len
+
+    @property
+    def planned_seconds(self) -> float | None:
+        """Training time of a run in a race by the clock."""
+        return None if self.step_time is None else self.step_time.seconds * self.config.train.steps
 
 
-def plan_cells(config: Config, vary: Vary, hold: Hold, device: str = "cpu") -> list[Cell]:
+def plan_cells(
+    config: Config, vary: Vary, hold: Hold, device: str = "cpu", baselines: bool = True
+) -> list[Cell]:
     """All combinations of the varied settings, and the dense baselines.
 
     The baselines have the active FLOPs of the reference, twice those, and its total parameters. The last is
@@ -61,6 +95,7 @@ def plan_cells(config: Config, vary: Vary, hold: Hold, device: str = "cpu") -> l
         vary: keys of the section `moe`, or `granularity`, with their values.
         hold: the quantity that stays equal.
         device: `cpu` or `cuda`, used for `hold="memory"`.
+        baselines: whether to add the dense baselines.
 
     Raises:
         ConfigError: a setting is invalid, or no width keeps the quantity within `TOLERANCE` of the target.
@@ -78,7 +113,8 @@ def plan_cells(config: Config, vary: Vary, hold: Hold, device: str = "cpu") -> l
     }
     largest = AFFORDABLE * measures["active_flops"](config)
     cells: dict[str, Cell] = {}
-    for name, settings, variant, held, times in _variants(config, vary, hold):
+    dense = _BASELINES if baselines else ()
+    for name, settings, variant, held, times in _variants(config, vary, hold, dense):
         solved, mismatch = variant, 0.0
         if held != "none":
             solved, mismatch = _solve(variant, measures[held], times * measures[held](config))
@@ -93,13 +129,15 @@ def plan_cells(config: Config, vary: Vary, hold: Hold, device: str = "cpu") -> l
     return list(cells.values())
 
 
-def _variants(config: Config, vary: Vary, hold: Hold) -> Iterator[tuple[str, Settings, Config, Hold, float]]:
+def _variants(
+    config: Config, vary: Vary, hold: Hold, baselines: Sequence[tuple[str, Hold, float]]
+) -> Iterator[tuple[str, Settings, Config, Hold, float]]:
     """Name, settings, configuration, held quantity, and target as a multiple of the reference's quantity."""
     for values in product(*vary.values()):
         settings = dict(zip(vary, values, strict=True))
         name = ",".join(f"{key.rpartition('.')[2]}={spelled(value)}" for key, value in settings.items())
         yield name, settings, _apply(config, settings), hold, 1.0
-    for name, held, times in _BASELINES:
+    for name, held, times in baselines:
         yield name, _DENSE, changed(config, _DENSE), held, times
 
 

@@ -34,7 +34,8 @@ class Curve:
 class Comparison:
     """Results of cells that differ only in settings of the experts. Mappings are by label.
 
-    A size is the number of active parameters without the input embedding.
+    A size is the number of active parameters without the input embedding. In a race by the clock, cells
+    differ in their tokens too, so no law in sizes is fitted.
     """
 
     title: str  # the settings that distinguish it from other comparisons; empty if it is the only one
@@ -45,6 +46,7 @@ class Comparison:
     worth: Mapping[str, Interval]  # size of the dense model with the same loss, unless dense_law may be flat
     dense_law: PowerLaw | None  # loss over the dense cells as a power of size; None for fewer than 2 sizes
     curves: Sequence[Curve]  # along each varied setting
+    is_race: bool  # whether all cells were trained for equal time, instead of equal tokens
 
     @property
     def cells(self) -> list[CellResult]:
@@ -70,12 +72,14 @@ def _compare(title: str, cells: list[CellResult]) -> Comparison:
         for cell in cells
         if baseline and cell is not baseline and (difference := cell.difference_to(baseline)) is not None
     }
-    sizes = {cell.counts.active_no_input_emb: cell.losses for cell in dense}
+    is_race = all(cell.planned_seconds is not None for cell in cells)
+    sizes = {} if is_race else {cell.counts.active_no_input_emb: cell.losses for cell in dense}
     law = fit_power_law(list(sizes), list(sizes.values())) if len(sizes) > 1 else None
     worth: dict[str, Interval] = {}
     if law is not None and not law.may_be_flat:
         worth = {c.label: size for c in sparse if (size := equivalent_size(c.losses, sizes)) is not None}
-    return Comparison(title, dense, sparse, baseline, differences, worth, law, _curves(sparse, baseline))
+    curves = _curves(sparse, baseline)
+    return Comparison(title, dense, sparse, baseline, differences, worth, law, curves, is_race)
 
 
 def _curves(sparse: Sequence[CellResult], baseline: CellResult | None) -> list[Curve]:
@@ -111,15 +115,20 @@ def _curves(sparse: Sequence[CellResult], baseline: CellResult | None) -> list[C
 def _law(cells: Sequence[CellResult]) -> PowerLaw | None:
     """Loss as a power of total parameters, for equal FLOPs and enough different totals."""
     totals, flops = [cell.counts.total for cell in cells], [cell.flops for cell in cells]
-    unequal = max(flops) > (1 + TOLERANCE) ** 2 * min(flops)
+    unequal = max(flops) > (1 + TOLERANCE) ** 2 * min(flops) or cells[0].planned_seconds is not None
     if unequal or len(set(totals)) < 3 or max(totals) < _MIN_RATIO * min(totals):
         return None
     return fit_power_law(totals, [cell.losses for cell in cells])
 
 
 def rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    """One row of `results.csv` per cell. FLOPs and cost are per run, mean over seeds."""
+    """One row of `results.csv` per cell. FLOPs and cost are per run, mean over seeds.
+
+    `seconds` and `step_ms` are the measured training time, without evaluations and checkpoints.
+    """
     for cell in comparison.cells:
+        seconds, steps = cell.seconds, cell.config.train.steps
+        planned = cell.planned_seconds
         moe, counts = cell.config.moe, cell.counts
         summaries = [run.summary for run in cell.runs.values()]
         yield {
@@ -142,6 +151,15 @@ def rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
             **{key: cell.mean(f"moe/{key}") for key in _ROUTER_METRICS},
             "flops": statistics.mean(s["tokens"] for s in summaries) * counts.flops_per_token_train,
             **{key: cell.cost(key) for key in ("device_hours", "usd", "kwh", "tco2e")},
+            "steps": steps,
+            "tokens": statistics.mean(summary["tokens"] for summary in summaries),
+            "step_ms": 1000 * statistics.mean(seconds) / steps,
+            "seconds": statistics.mean(seconds),
+            "seconds_min": min(seconds),
+            "seconds_max": max(seconds),
+            "seconds_to_baseline": comparison.baseline and cell.time_relative_to(comparison.baseline),
+            "planned_step_ms": planned and 1000 * planned / steps,
+            "planned_seconds": planned,
         }
 
 

@@ -1,5 +1,6 @@
 """What the runs of an ablation support and what they do not, in sentences."""
 
+import statistics
 from collections.abc import Iterable, Iterator
 from itertools import product
 
@@ -7,9 +8,10 @@ from moe.ablation.cells import TOLERANCE
 from moe.ablation.comparison import Comparison, Curve
 from moe.ablation.results import CellResult
 from moe.ablation.statistics import Interval
-from moe.tables import short
+from moe.tables import plain, short
 
 _BETTER, _WORSE, _UNCLEAR = "better than", "worse than", "not significantly different from"
+_UNFAIR = 0.03  # of training time more or less than the dense baseline's, in a race by the clock
 
 
 def conclusions(comparison: Comparison) -> Iterator[str]:
@@ -18,6 +20,8 @@ def conclusions(comparison: Comparison) -> Iterator[str]:
     if len(cells) == 1:
         yield f"{cells[0].label} cannot be compared: no other run has the same settings outside moe.*."
         return
+    if comparison.is_race and baseline is not None:
+        yield from _fairness(comparison, baseline)
     said = ["There is no dense run, so nothing is compared with a dense model."]
     if baseline is not None:
         said = list(_against_dense(comparison, baseline))
@@ -45,11 +49,12 @@ def conclusions(comparison: Comparison) -> Iterator[str]:
 def _against_dense(comparison: Comparison, baseline: CellResult) -> Iterator[str]:
     others = [(c, comparison.differences.get(c.label)) for c in comparison.cells if c is not baseline]
     known = [(cell, d, d.mean - d.low) for cell, d in others if d is not None and d.low is not None]
-    texts = [(_outcome(d), f"{c.label} {d}{_with_flops(c, baseline)}") for c, d, _ in known]
+    texts = [(_outcome(d), f"{c.label} {d}{_with_effort(c, baseline)}") for c, d, _ in known]
     what = "difference in nats per token, paired by seed, with 95 % interval"
     for outcome in (_BETTER, _WORSE, _UNCLEAR):
         if found := [text for its_outcome, text in texts if its_outcome == outcome]:
-            yield f"{outcome.capitalize()} {baseline.label} ({what}): {'; '.join(found)}."
+            time = _in_equal_time(baseline)
+            yield f"{outcome.capitalize()} {baseline.label}{time} ({what}): {'; '.join(found)}."
     if single := [cell.label for cell, d in others if d is not None and d.low is None]:
         yield (
             f"Only one seed in common with {baseline.label}, so there is no interval and a difference may be "
@@ -65,13 +70,13 @@ def _against_dense(comparison: Comparison, baseline: CellResult) -> Iterator[str
     pairs = product(comparison.sparse, [cell for cell in comparison.dense if cell is not baseline])
     same_total = [(a, b) for a, b in pairs if abs(a.counts.total / b.counts.total - 1) <= TOLERANCE]
     if verdicts := _verdicts(same_total):
-        yield f"At equal total parameters: {verdicts}."
+        yield f"At equal total parameters{_in_equal_time(baseline)}: {verdicts}."
 
 
 def _along(curve: Curve, baseline: CellResult | None) -> Iterator[str]:
     """Each cell against the previous one and against the first one, and the power law."""
     first, *others = curve.cells
-    along = f" along {curve.key}" if curve.key else ""
+    along = (f" along {curve.key}" if curve.key else "") + _in_equal_time(first)
     if verdicts := _verdicts(zip(others, curve.cells[:-1], strict=True)):
         yield f"Consecutive cells{along}: {verdicts}."
     if verdicts := _verdicts((cell, first) for cell in others[1:]):
@@ -94,7 +99,7 @@ def _verdicts(pairs: Iterable[tuple[CellResult, CellResult]]) -> str:
     """Compare the first cell of each pair with the second, for pairs with two or more seeds in common."""
     found = [(cell, other, cell.difference_to(other)) for cell, other in pairs]
     return "; ".join(
-        f"{cell.label} {_outcome(d)} {other.label}: {d}{_with_flops(cell, other)}"
+        f"{cell.label} {_outcome(d)} {other.label}: {d}{_with_effort(cell, other)}"
         for cell, other, d in found
         if d is not None and d.low is not None
     )
@@ -108,9 +113,38 @@ def _outcome(difference: Interval) -> str:
     return _UNCLEAR
 
 
-def _with_flops(cell: CellResult, other: CellResult) -> str:
-    times = cell.flops / other.flops
-    return f" (with {times:.3g} times its FLOPs)" if abs(times - 1) > 2 * TOLERANCE else ""
+def _in_equal_time(cell: CellResult) -> str:
+    return "" if cell.planned_seconds is None else " in equal time"
+
+
+def _with_effort(cell: CellResult, other: CellResult) -> str:
+    """How much more or less went in than into the other cell, as far as that was not held equal."""
+    efforts = [("FLOPs", cell.flops / other.flops, 2 * TOLERANCE)]
+    if cell.planned_seconds is not None and other.planned_seconds is not None:
+        tokens = cell.config.train.steps / other.config.train.steps
+        time = cell.time_relative_to(other)
+        efforts = [("tokens", tokens, 2 * TOLERANCE), ("training time", time, _UNFAIR)]
+    shown = [f"{times:.3g} times its {what}" for what, times, limit in efforts if abs(times - 1) > limit]
+    return f" (with {' and '.join(shown)})" if shown else ""
+
+
+def _fairness(comparison: Comparison, baseline: CellResult) -> Iterator[str]:
+    """Whether a race by the clock was one: how long the runs really took."""
+    others = [cell for cell in comparison.cells if cell is not baseline]
+    times = {cell.label: cell.time_relative_to(baseline) for cell in others}
+    took, planned = plain(statistics.mean(baseline.seconds)), plain(baseline.planned_seconds or 0)
+    yield (
+        f"Equal time: each cell was planned for {planned} seconds of training steps. {baseline.label} took "
+        f"{took}, the other cells {min(times.values()):.3f} to {max(times.values()):.3f} times that (means "
+        "over seeds)."
+    )
+    for sign, word, consequence in ((1, "longer", "favors"), (-1, "shorter", "disfavors")):
+        found = [f"{name} by {abs(t - 1):.1%}" for name, t in times.items() if sign * (t - 1) > _UNFAIR]
+        if found:
+            yield (
+                f"Not equal time: runs that took more than {100 * _UNFAIR:.0f} % {word} than those of "
+                f"{baseline.label}, which {consequence} them: {'; '.join(found)}."
+            )
 
 
 def _equivalents(comparison: Comparison) -> Iterator[str]:

@@ -50,13 +50,12 @@ def plan_table(cells: Sequence[Cell], device: str, seconds: Sequence[float] | No
     ranks = max(cell.config.parallel.ep_size for cell in cells)
     for cell, time_of_run in zip(cells, seconds or [None] * len(cells), strict=True):
         config, counts, moe = cell.config, cell.counts, cell.config.moe
-        tokens = config.train.steps * config.train.global_batch_size * config.data.seq_len
         yield [
             cell.name,
             *map(str, (moe.num_experts, moe.top_k, moe.d_ff_expert)),
             *(f"{count:,}" for count in (counts.total, counts.active_all, counts.flops_per_token_train)),
             f"{cell.mismatch:+.2%}",
             gib(estimate_memory(config, ranks, device).peak),
-            f"{tokens * counts.flops_per_token_train:.2e}",
+            f"{cell.tokens * counts.flops_per_token_train:.2e}",
             "" if time_of_run is None else plain(time_of_run),
         ]

@@ -15,7 +15,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from moe.ablation.cells import TOLERANCE
 from moe.ablation.comparison import Comparison
-from moe.ablation.results import CellResult
+from moe.ablation.results import CellResult, training_seconds
 from moe.tables import plain
 
 _MARKERS, _LINES = "osD^vP*X", ("-", "--", "-.", ":")
@@ -57,7 +57,9 @@ def _figures(comparison: Comparison) -> Iterator[tuple[str, str, str, Callable[[
     """File name, title, caption, and the function that draws the figure."""
     cells, sparse, baseline = comparison.cells, comparison.sparse, comparison.baseline
     flops = [cell.flops for cell in (*sparse, *([baseline] if baseline else []))]
-    equal = " (sparse: equal active FLOPs)" if max(flops) <= (1 + TOLERANCE) ** 2 * min(flops) else ""
+    race = ", in equal time" if comparison.is_race else ""
+    alike = max(flops) <= (1 + TOLERANCE) ** 2 * min(flops)
+    equal = race or (" (sparse: equal active FLOPs)" if alike else "")
     caption = (
         "Small points: single seeds (dense models left of their mean, sparse models right of it). Large "
         "points: means over seeds. Filled: sparse models. Hollow: dense models, whose FLOPs grow with their "
@@ -66,18 +68,21 @@ def _figures(comparison: Comparison) -> Iterator[tuple[str, str, str, Callable[[
     draw = partial(_against_parameters, comparison=comparison)
     yield "loss_against_parameters", f"Final loss against total parameters{equal}", caption, draw
     if baseline is not None and any(d.low is not None for d in comparison.differences.values()):
-        title = f"Difference of the final loss to {baseline.label}"
+        title = f"Difference of the final loss to {baseline.label}{race}"
         caption = "Mean over seeds, paired by seed, with 95 % intervals. Below zero is better."
         yield "difference_to_dense", title, caption, partial(_differences, comparison=comparison)
     caption = "Mean over seeds, without the first third of the training."
     draw = partial(_curves, cells=cells, over_time=False)
     yield "loss_against_flops", "Loss against training FLOPs", caption, draw
     caption += (
-        " Time is tokens divided by the run's tokens per second, without evaluation and saving. Runs trained "
-        "at the same time shared the machine. The learning rate decays until the end of each curve, so only "
-        "the ends are fully comparable."
+        " Time is the sum of the measured times of the training steps, without evaluation and saving. Runs "
+        "trained at the same time shared the machine. "
     )
-    yield "loss_against_time", "Loss against time", caption, partial(_curves, cells=cells, over_time=True)
+    schedule = "The learning rate decays until each curve ends, so only the ends are fully comparable."
+    if race:
+        schedule = "All were planned to end at the dotted line; until then they have equal learning rates."
+    draw = partial(_curves, cells=cells, over_time=True)
+    yield "loss_against_time", "Loss against time", caption + schedule, draw
     caption = "Median over seeds, without evaluation and saving. Light bars: dense models."
     speeds = [cell.tokens_per_s for cell in cells]
     yield "speed", "Training speed", caption, partial(_bars, cells=cells, heights=speeds, label=_SPEED)
@@ -148,11 +153,15 @@ def _curves(axes: Axes, cells: Sequence[CellResult], over_time: bool) -> None:
     for index, cell in enumerate(cells):
         points: dict[int, list[tuple[float, float]]] = {}
         for run in cell.runs.values():
+            seconds = training_seconds(run.metrics)
             evaluated = [line for line in run.metrics if "eval/loss" in line]
             for line in evaluated:
                 if line["step"] >= evaluated[-1]["step"] / 3:
-                    seconds = line["tokens"] / run.summary["tokens_per_s"]
-                    x = seconds if over_time else line["tokens"] * cell.counts.flops_per_token_train
+                    x = (
+                        seconds[line["step"]]
+                        if over_time
+                        else line["tokens"] * cell.counts.flops_per_token_train
+                    )
                     points.setdefault(line["step"], []).append((x, line["eval/loss"]))
         common = [np.mean(some, axis=0) for _, some in sorted(points.items()) if len(some) == len(cell.runs)]
         axes.plot(
@@ -165,6 +174,9 @@ def _curves(axes: Axes, cells: Sequence[CellResult], over_time: bool) -> None:
             markerfacecolor="white" if cell.is_dense else None,
             zorder=3 if cell.is_dense else 2,
         )
+    planned = [seconds for cell in cells if (seconds := cell.planned_seconds) is not None]
+    if over_time and planned:
+        axes.axvline(max(planned), color=_INK, linestyle=":", linewidth=1, label="planned end")
     label = "time of the training steps (seconds)" if over_time else "training FLOPs"
     axes.set(xlabel=label, ylabel=_LOSS)
     axes.legend(frameon=False, fontsize=8)

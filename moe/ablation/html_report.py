@@ -41,6 +41,18 @@ _QUALITY = {
     "difference": ("difference to dense", "{:+.4f}".format),
     "equivalent_dense_params_no_input_emb": ("equivalent dense size (active, without embedding)", short),
 }
+_TIME = {
+    "cell": ("cell", str),
+    "steps": ("steps", "{:,}".format),
+    "tokens": ("tokens", short),
+    "planned_step_ms": ("ms a step, measured before", plain),
+    "step_ms": ("ms a step", plain),
+    "planned_seconds": ("seconds, planned", plain),
+    "seconds": ("seconds, mean", plain),
+    "seconds_min": ("shortest run", plain),
+    "seconds_max": ("longest run", plain),
+    "seconds_to_baseline": ("mean over that of dense", "{:.3f}".format),
+}
 _EFFORT = {
     "cell": ("cell", str),
     "tokens_per_s": ("tokens per second", plain),
@@ -108,11 +120,14 @@ def _section(
     run = next(iter(cells[0].runs.values()))
     seeds = sorted({seed for cell in cells for seed in cell.runs})
     settings = f"{comparison.title}: " if comparison.title else ""
+    amount = f"{short(run.summary['tokens'])} tokens each of"
+    if comparison.is_race:
+        amount = f"each planned for {plain(cells[0].planned_seconds or 0)} seconds of training on"
     opening = (
         f"{settings}{sum(len(cell.runs) for cell in cells)} runs of {len(cells)} cells, "
-        f"seeds {', '.join(map(str, seeds))}, {short(run.summary['tokens'])} tokens each of "
-        f"{run.config.data.source}. Runs of one seed share their batches and all initial weights outside "
-        "experts and routers. All runs share the validation text."
+        f"seeds {', '.join(map(str, seeds))}, {amount} {run.config.data.source}. Runs of one seed share "
+        "their batches and all initial weights outside experts and routers. All runs share the validation "
+        "text."
     )
     figures = "".join(
         f'<figure><div class="scroll"><img alt="{escape(caption)}" src="data:image/png;base64,'
@@ -125,6 +140,8 @@ def _section(
         f'<h2>Quality</h2>\n<div class="scroll">{_table(table, _QUALITY)}</div>\n'
         "<p>Loss: final validation loss, mean over seeds. Its 95 % interval includes what seeds change in "
         "all cells alike. To compare cells, use the differences to dense, which are paired by seed.</p>\n"
+        f'<h2>Time</h2>\n<div class="scroll">{_table(table, _TIME)}</div>\n'
+        "<p>Seconds are those of the training steps, without evaluations and checkpoints.</p>\n"
         f'<h2>Speed, routing and cost</h2>\n<div class="scroll">{_table(table, _EFFORT)}</div>\n'
         "<p>FLOPs and cost are per run, mean over seeds. Price and energy need rates, which cost.* in the "
         f"configuration sets.</p>\n<h2>Figures</h2>\n{figures}"

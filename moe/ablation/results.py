@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe.ablation.cells import DENSE_KEYS, spelled
+import numpy as np
+
+from moe.ablation.ablation_folder import AblationFolder
+from moe.ablation.cells import DENSE_KEYS, StepTime, spelled
 from moe.ablation.statistics import Interval, paired_difference
 from moe.accounting.counts import ModelCounts, count_parameters
 from moe.config import Config, ConfigError, flat_config, load_config
@@ -17,6 +20,7 @@ from moe.runs.resuming import sets_results
 from moe.runs.run_folder import RunFolder
 
 WIDTH = "moe.d_ff_expert"
+SCHEDULE = ("train.steps", "optim.warmup_steps")  # follow from the step time in a race by the clock
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +31,22 @@ class Run:
     config: Config
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
+    step_time: StepTime | None = None  # measured before a race by the clock; None: the run is part of none
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What distinguishes it from other runs: settings that affect results, except the seed.
+
+        For a dense model without the routing, in a race by the clock without what follows from the step time.
+        """
+        return {
+            key: value
+            for key, value in flat_config(self.config).items()
+            if sets_results(key)
+            and not key.startswith("run.")
+            and not (self.step_time and key in SCHEDULE)
+            and (not self.config.moe.is_dense or not key.startswith("moe.") or key in DENSE_KEYS)
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +83,21 @@ class CellResult:
         """Training speed, median over seeds."""
         return statistics.median(run.summary["tokens_per_s"] for run in self.runs.values())
 
+    @property
+    def seconds(self) -> list[float]:
+        """Training time of each run, in the order of `runs`."""
+        return [training_seconds(run.metrics)[run.metrics[-1]["step"]] for run in self.runs.values()]
+
+    @property
+    def planned_seconds(self) -> float | None:
+        """The time that it was planned for in a race by the clock; None if it is part of none."""
+        time = next(iter(self.runs.values())).step_time
+        return None if time is None else self.config.train.steps * time.seconds
+
+    def time_relative_to(self, other: "CellResult") -> float:
+        """Mean training time over that of another cell."""
+        return statistics.mean(self.seconds) / statistics.mean(other.seconds)
+
     def difference_to(self, other: "CellResult") -> Interval | None:
         """Loss minus the loss of another cell, paired by seed; None without a common seed."""
         shared = self.runs.keys() & other.runs.keys()
@@ -82,6 +117,21 @@ class CellResult:
         return statistics.mean(values) if values else None
 
 
+def training_seconds(metrics: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Seconds of training up to each step in `metrics.jsonl`, without evaluations and checkpoints.
+
+    A logged step stands for itself and for those since the one logged before; between two logged steps the
+    time grows evenly. So the first step, which is slow and always logged, stands for itself alone.
+    """
+    steps, seconds = [0], [0.0]
+    for line in metrics:
+        if line.get("perf/step_s") is not None:
+            seconds.append(seconds[-1] + (line["step"] - steps[-1]) * line["perf/step_s"])
+            steps.append(line["step"])
+    known = sorted({line["step"] for line in metrics})
+    return dict(zip(known, np.interp(known, steps, seconds).tolist(), strict=True))
+
+
 def read_runs(root: Path) -> tuple[list[Run], list[Path]]:
     """Read all finished runs below a folder, one per settings and seed; and the folders of further ones.
 
@@ -89,10 +139,11 @@ def read_runs(root: Path) -> tuple[list[Run], list[Path]]:
         ConfigError: there is no finished run, or a folder is not a complete run of train.py.
     """
     runs: dict[tuple[str, int], Run] = {}
-    left_out = []
+    left_out, record = [], AblationFolder(root)
+    step_times = {record.run(cell, 0).path.parent: time for cell, time in record.step_times().items()}
     for path in sorted(root.rglob("summary.json")):
-        run = _read_run(path.parent)
-        key = json.dumps(_settings(run.config)), run.config.run.seed
+        run = _read_run(path.parent, step_times.get(path.parent.parent))
+        key = json.dumps(run.settings), run.config.run.seed
         if runs.setdefault(key, run) is not run:
             left_out.append(path.parent)
     if not runs:
@@ -100,7 +151,7 @@ def read_runs(root: Path) -> tuple[list[Run], list[Path]]:
     return list(runs.values()), left_out
 
 
-def _read_run(path: Path) -> Run:
+def _read_run(path: Path, step_time: StepTime | None) -> Run:
     folder = RunFolder(path)
     try:
         summary, metrics = json.loads(folder.summary.read_text()), read_metrics(folder.metrics)
@@ -109,18 +160,7 @@ def _read_run(path: Path) -> Run:
     needed = {"final_eval_loss", "final_bits_per_byte", "tokens", "tokens_per_s"}
     if not isinstance(summary, dict) or not needed <= summary.keys() or not metrics:
         raise ConfigError("DIR", f"{path} has a summary.json, but not a complete run of train.py; remove it")
-    return Run(path, load_config(folder.config), summary, metrics)
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """All settings that affect results, except the seed and, for a dense model, the routing."""
-    return {
-        key: value
-        for key, value in flat_config(config).items()
-        if sets_results(key)
-        and not key.startswith("run.")
-        and (not config.moe.is_dense or not key.startswith("moe.") or key in DENSE_KEYS)
-    }
+    return Run(path, load_config(folder.config), summary, metrics, step_time)
 
 
 def cells_of(runs: Sequence[Run]) -> list[CellResult]:
@@ -137,14 +177,14 @@ def group_runs(runs: Sequence[Run], is_compared: Callable[[str], bool]) -> list[
     """Group runs by the settings whose keys satisfy `is_compared`. The seed is ignored."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        settings = {key: value for key, value in _settings(run.config).items() if is_compared(key)}
+        settings = {key: value for key, value in run.settings.items() if is_compared(key)}
         groups.setdefault(json.dumps(settings), []).append(run)
     return list(groups.values())
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
     """The settings in which these runs differ."""
-    settings = [_settings(run.config) for run in runs]
+    settings = [run.settings for run in runs]
     keys = settings[0] if settings else ()
     return [key for key in keys if len({spelled(some.get(key)) for some in settings}) > 1]
 

@@ -5,10 +5,11 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 from moe.ablation.ablation_folder import AblationFolder, try_lock
@@ -32,6 +33,19 @@ def stopped_by_signals() -> Iterator[None]:
     finally:
         for name, handler in previous.items():
             signal.signal(name, handler)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a run runs under, whether it is trained or measured."""
+
+    start: Sequence[str]  # starts Python, perhaps by a launcher
+    jobs: int  # runs side by side
+    threads: int | None  # of each run; None leaves their number to the environment
+
+    def environment(self) -> dict[str, str]:
+        """The environment variables of a run."""
+        return {**os.environ, **({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,28 +72,26 @@ class Task:
         metrics = read_metrics(self.folder.metrics)
         return metrics[-1]["step"] if metrics else 0
 
-    def flops(self, step: int) -> float:
-        """Training FLOPs of the first `step` steps."""
+    def work(self, step: int) -> float:
+        """The work of the first `step` steps: seconds in a race by the clock, else FLOPs."""
         config = self.cell.config
+        if self.cell.step_time is not None:
+            return step * self.cell.step_time.seconds
         tokens = config.train.global_batch_size * config.data.seq_len
         return step * tokens * self.cell.counts.flops_per_token_train
 
 
 class AblationRunner:
-    """Trains the runs of an ablation, `jobs` at a time, and records their results in its folder.
+    """Trains the runs of an ablation, some at a time, and records their results in its folder.
 
-    `command` starts train.py; the configuration and the keys `run.*` are appended to it. Each run has
-    `threads` threads; None leaves the number to the environment.
+    The configuration and the keys `run.*` are the arguments of train.py.
     """
 
-    def __init__(
-        self, folder: AblationFolder, tasks: list[Task], command: list[str], jobs: int, threads: int | None
-    ):
-        self._folder, self._tasks, self._command, self._jobs = folder, tasks, command, jobs
-        self._environment = {"WANDB_RUN_GROUP": folder.path.resolve().name} | os.environ
-        if threads is not None:
-            self._environment["OMP_NUM_THREADS"] = str(threads)
-        self._started, self._flops_before = time.perf_counter(), self._flops()
+    def __init__(self, folder: AblationFolder, tasks: list[Task], train: Path, conditions: Conditions):
+        self._folder, self._tasks, self._jobs = folder, tasks, conditions.jobs
+        self._command = [*conditions.start, str(train)]
+        self._environment = {"WANDB_RUN_GROUP": folder.path.resolve().name} | conditions.environment()
+        self._started, self._work_before = time.perf_counter(), self._work()
         self._stopping = False
         self._running: dict[Task, subprocess.Popen[bytes]] = {}
         self._exit_codes: dict[tuple[str, int], int] = {}
@@ -138,11 +150,11 @@ class AblationRunner:
             time.sleep(0.5)
 
     def _progress(self) -> str:
-        """Share of the FLOPs that is done, time left, and the steps of the running runs."""
+        """Share of the work that is done, time left, and the steps of the running runs."""
         with self._lock:
             running = list(self._running)
-        total, done = sum(task.flops(task.cell.config.train.steps) for task in self._tasks), self._flops()
-        speed = (done - self._flops_before) / (time.perf_counter() - self._started)
+        total, done = sum(task.work(task.cell.config.train.steps) for task in self._tasks), self._work()
+        speed = (done - self._work_before) / (time.perf_counter() - self._started)
         left = f", about {(total - done) / speed / 60:,.0f} minutes left" if speed > 0 else ""
         steps = "; ".join(f"{task.name} {task.step:,}/{task.cell.config.train.steps:,}" for task in running)
         return f"{done / total:.0%}{left}; {steps}"
@@ -154,5 +166,5 @@ class AblationRunner:
             for process in self._running.values():
                 process.send_signal(signal.SIGTERM)
 
-    def _flops(self) -> float:
-        return sum(task.flops(task.step) for task in self._tasks)
+    def _work(self) -> float:
+        return sum(task.work(task.step) for task in self._tasks)

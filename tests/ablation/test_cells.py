@@ -47,7 +47,7 @@ def test_one_expert_of_the_ablation_is_the_dense_twin():
 def test_the_flops_that_torch_counts_in_the_planned_models_are_equal_within_1_percent():
     measured = {}
     for cell in plan_cells(TINY, {"moe.num_experts": [1, 2, 4, 8, 16, 32]}, "active_flops"):
-        model = Transformer(cell.config, expert_path="loop").eval()
+        model = Transformer(cell.config, expert_path="reference").eval()
         tokens = torch.randint(0, 1024, (2, 128))
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             model(tokens)
@@ -155,6 +155,11 @@ def test_the_dense_baselines_are_always_there_and_the_costly_one_only_where_affo
     assert "dense,equal_total" not in by_name(plan_cells(many, {"moe.z_loss_coef": [0.0]}, "active_flops"))
     beyond = load_config(TINY_FILE, ["model.vocab_size=1024", "moe.num_experts=2048"])
     assert "dense,equal_total" not in by_name(plan_cells(beyond, {"moe.num_experts": [8]}, "active_flops"))
+
+
+def test_the_dense_baselines_can_be_left_out():
+    cells = plan_cells(TINY, {"moe.num_experts": [1, 8]}, "active_flops", baselines=False)
+    assert [cell.name for cell in cells] == ["num_experts=1", "num_experts=8"]
 
 
 def test_granularity_divides_the_experts_of_the_other_settings():

@@ -3,7 +3,7 @@
 import pytest
 
 from moe.ablation.html_report import write_report
-from moe.ablation.results import read_runs
+from moe.ablation.results import read_runs, training_seconds
 from moe.config import ConfigError
 from tests.support.finished_runs import SHAPES, comparisons_of, write_run
 
@@ -48,3 +48,17 @@ def test_what_is_no_run_is_refused(ablation):
         (ablation / "dense-0" / "summary.json").write_text(summary)
         with pytest.raises(ConfigError, match=r"but not a complete run of train\.py"):
             read_runs(ablation)
+
+
+def test_training_seconds_add_up_the_logged_steps_and_leave_out_what_is_between_them():
+    lines = [
+        {"step": 1, "perf/step_s": 5.0},  # the first step is slow, and stands for itself alone
+        {"step": 4, "eval/loss": 3.0},
+        {"step": 10, "perf/step_s": 0.2},  # for steps 2 to 10
+        {"step": 10, "eval/loss": 2.9},
+        {"step": 20, "perf/step_s": 0.1},  # for steps 11 to 20
+        {"step": 23, "perf/step_s": 0.4},  # the last one; for 21 to 23
+        {"step": 23, "eval/loss": 2.8},
+    ]
+    # 5; 5 + 3 x 0.2; 5 + 9 x 0.2; 6.8 + 10 x 0.1; 7.8 + 3 x 0.4.
+    assert training_seconds(lines) == pytest.approx({1: 5.0, 4: 5.6, 10: 6.8, 20: 7.8, 23: 9.0})
