@@ -1,5 +1,6 @@
 """The READMEs are true: their commands run, their Python runs, their files and links exist."""
 
+import json
 import os
 import re
 import shlex
@@ -131,6 +132,18 @@ def check_report(words: list[str], shrink: list[str]) -> None:
     assert (Path(words[2]) / "report.html").exists()
 
 
+def check_bench(words: list[str], shrink: list[str]) -> None:
+    """It measures something, at sizes that take no time; of repeated options the last one counts."""
+    small = {
+        "layer": ["--experts", "4", "--tokens", "16", "--repeats", "1"],
+        "step": [*shrink, "--steps", "1"],
+        "dispatch": [*shrink, "--ranks", "1,2", "--repeats", "1"],
+        "generate": ["--new-tokens", "4", "--repeats", "1", *(shrink if "--config" in words else [])],
+    }
+    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *small[words[2]]])
+    assert json.loads(printed)["results"] if "--json" in words else len(printed.splitlines()) > 1
+
+
 def check_reference(words: list[str], shrink: list[str]) -> None:
     run([sys.executable, *words[1:]])
     assert Path(words[-1]).read_text() == PAGES["configs"], f"run: {' '.join(words)}"
@@ -145,6 +158,7 @@ CHECKS: dict[str, Callable[[list[str], list[str]], None]] = {
     "python scripts/plan.py": check_tables,
     "python scripts/ablate.py": check_ablate,
     "python scripts/report.py": check_report,
+    "python scripts/bench.py": check_bench,
     "python -m moe.config.reference": check_reference,
 }
 
