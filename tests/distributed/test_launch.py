@@ -1,4 +1,8 @@
-"""What a launcher tells a process, and the timeout of every process group."""
+"""What a launcher tells a process, freed memory, and the timeout of every process group."""
+
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,3 +45,30 @@ def test_every_process_group_has_the_timeout():
     for timeouts in run_ranks(4, timeouts_of_all_groups):
         assert len(timeouts) >= 3  # all ranks, those that split the experts, and those that hold the same
         assert set(timeouts.values()) == {77.0}, timeouts
+
+
+FREE_AND_TAKE = """
+import resource, sys, torch
+from moe.config import ParallelConfig
+from moe.training.engine import start
+start(ParallelConfig(keep_freed_memory=sys.argv[1] == "true"))
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(64 * 2**20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+for _ in range(4):  # a hole that is a few bytes too small is taken only together with its neighbour
+    faults()
+most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(max(faults() for _ in range(3)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most)
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="glibc's malloc is set")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_stays_with_the_process_and_no_more_than_that_or_goes_back(kept):
+    """64 MiB are 16,384 pages: taken again they fault in anew, unless they were kept."""
+    command = [sys.executable, "-c", FREE_AND_TAKE, str(kept).lower()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    faults, growth_kib = map(int, done.stdout.split())
+    assert faults < 100 if kept else faults > 10_000
+    assert growth_kib < 1024

@@ -180,6 +180,18 @@ def test_a_bad_gradient_shows_in_the_norm(process_group, zero_stage, precision, 
     assert not math.isfinite(run_engine(engine, config, 1)[1][0])
 
 
+@pytest.mark.parametrize(("precision", "shared"), [("fp32", True), ("bf16", False)])
+def test_in_fp32_adamw_updates_the_weights_themselves(process_group, precision, shared):
+    config = make_config(parallel={"precision": precision})
+    engine = make_engine(config, process_group)
+    run_engine(engine, config, 1)
+    masters = {
+        values.data_ptr() for kind, *_, values in engine.training_state.fragments() if kind == "weights"
+    }
+    weights = {parameter.data_ptr() for parameter in engine.module.parameters()}
+    assert (masters == weights) == shared
+
+
 def test_every_parameter_moves_after_a_step(process_group):
     config = make_config(moe={"num_shared_experts": 1}, model={"qk_norm": True, "tie_embeddings": False})
     engine = make_engine(config, process_group)
