@@ -24,6 +24,7 @@ class Memory:
     bucket: int  # DeepSpeed's buffer for reducing gradients; a single process under ZeRO 1 needs none
     activations: int  # what the forward pass keeps for the backward pass
     recomputed: int  # activations of the block that is being recomputed, with activation checkpointing
+    temporary: int  # what the backward pass of one feed-forward block takes for itself
     dispatch: int  # rows sent to the experts of one layer and back; 0 if the experts are not split over ranks
     logits: int  # kept until the logits of the next micro batch replace them
     loss: int  # log-softmax of the logits, and the gradients of both
@@ -36,7 +37,9 @@ class Memory:
         earlier = self.gradients * self.accumulates
         loss = self.activations + self.dispatch + self.loss + earlier
         # The backward pass frees activations while it adds gradients.
-        backward = max(self.activations + earlier, self.gradients) + self.recomputed + self.dispatch
+        backward = (
+            max(self.activations + earlier, self.gradients) + self.recomputed + self.temporary + self.dispatch
+        )
         always = self.weights + self.optimizer + self.bucket + self.logits
         return always + max(loss, backward, self.gradients + self.update)
 
@@ -68,12 +71,25 @@ def estimate_memory(config: Config, world_size: int, device: str) -> Memory:
         bucket=REDUCE_BUCKET[device] * width if world_size > 1 or parallel.zero_stage == 2 else 0,
         activations=tokens * (kept + final_norm),
         recomputed=tokens * max(blocks) if recomputes else 0,
+        temporary=tokens * max(_temporary(config, layer) for layer in range(model.n_layers)),
         dispatch=int(tokens * 2 * rows_per_token(config) * model.d_model * width),
         logits=tokens * config.vocab_size * width,
         loss=tokens * config.vocab_size * 3 * FP32,
         update=share * FP32,
         accumulates=config.accumulation_steps(world_size) > 1,
     )
+
+
+def _temporary(config: Config, layer: int) -> int:
+    """Bytes per token that the backward pass of a feed-forward block takes, if it multiplies all rows at once.
+
+    Four tensors of the hidden width, and the rows, their gradients and those of the output.
+    """
+    model, moe, width = config.model, config.moe, bytes_per_value(config)
+    if layer not in config.moe_layers:
+        return width * (4 * model.d_ff + 2 * model.d_model)
+    rows = moe.top_k * min(1.0, moe.capacity_factor or 1.0)
+    return int(width * rows * (4 * moe.d_ff_expert + 4 * model.d_model))
 
 
 def _block_activations(config: Config, layer: int) -> int:

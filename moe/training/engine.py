@@ -167,8 +167,8 @@ class Engine:
         """This rank's share of the squared gradient norms, (families,) fp64."""
         norms: list[list[Tensor]] = [[torch.zeros((), device=self.world.device)] for _ in _FAMILIES]
         for parameter, gradient in self.training_state.gradients():
-            # As exact as fp64 throughout, which would copy every gradient.
-            pieces = gradient.flatten().split(_NORM_PIECE)
+            # As exact as fp64 throughout, which would copy every gradient. CUDA's norm goes by pieces itself.
+            pieces = [gradient] if gradient.is_cuda else gradient.flatten().split(_NORM_PIECE)
             norms[self._family_of[parameter]] += torch.ops.aten._foreach_norm.Scalar(pieces, 2, torch.float32)
         return torch.stack([torch.stack(each).double().square().sum() for each in norms])
 

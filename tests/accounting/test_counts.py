@@ -141,7 +141,7 @@ def test_training_flops_equal_those_that_torch_counts_with_and_without_recomputa
                 f"train.activation_checkpointing={str(checkpointing).lower()}",
             ],
         )
-        counts, model = count_parameters(config), Transformer(config, expert_path="loop")
+        counts, model = count_parameters(config), Transformer(config, expert_path="reference")
         whole_blocks = set_checkpoint_early_stop(False)  # else a block's last product is not repeated
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), whole_blocks:
             model(torch.randint(0, 1024, (2, 64))).logits.sum().backward()
