@@ -81,7 +81,7 @@ def estimate_memory(config: Config, world_size: int, device: str) -> Memory:
 
 
 def _temporary(config: Config, layer: int) -> int:
-    """Bytes per token that the backward pass of a feed-forward block takes if all rows are multiplied at once.
+    """Bytes per token that the backward pass of a feed-forward block takes for all its rows at once.
 
     Four tensors of the hidden width, and the rows, their gradients and those of the output.
     """
