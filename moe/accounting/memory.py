@@ -83,7 +83,7 @@ def estimate_memory(config: Config, world_size: int, device: str) -> Memory:
 def _temporary(config: Config, layer: int) -> int:
     """Bytes per token that the backward pass of a feed-forward block takes for all its rows at once.
 
-    Four tensors of the hidden width, and the rows, their gradients and those of the output.
+    Four tensors of the hidden width; of width d_model the rows, the output's gradients, and two of the rows'.
     """
     model, moe, width = config.model, config.moe, bytes_per_value(config)
     if layer not in config.moe_layers:

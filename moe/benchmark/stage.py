@@ -17,8 +17,8 @@ from moe.benchmark.lineup import build_contender, reference_of
 from moe.config import RunError
 from moe.distributed.launch import keep_freed_memory
 
-# In a process that keeps freed memory, this one's pass takes 25 GiB at 64 experts: each expert's backward
-# pass makes gradients of all experts' size.
+# With freed memory kept, the process of its passes at 64 experts grew past a limit of 15 GB; the cause is
+# not known. With glibc's default it peaks near 2 GB.
 APART = ("hf_eager",)
 
 

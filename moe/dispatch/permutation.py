@@ -124,7 +124,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
-        return gather_rows(hidden_TD, permutation)
+        return _gather_rows(hidden_TD, permutation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -140,13 +140,13 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         permutation: Permutation = ctx.permutation
-        rows_ND = gather_rows(grads[0], permutation)
+        rows_ND = _gather_rows(grads[0], permutation)
         if permutation.kept is not None:
             rows_ND = torch.where(used_rows(permutation).unsqueeze(1), rows_ND, 0)
         return rows_ND, None
 
 
-def gather_rows(hidden: Tensor, permutation: Permutation) -> Tensor:
+def _gather_rows(hidden: Tensor, permutation: Permutation) -> Tensor:
     """`permute` without gradients: each row (N, D) is its token's, of (T, D)."""
     return hidden.index_select(0, permutation.assignment_of_row // permutation.row_of_assignment.shape[1])
 

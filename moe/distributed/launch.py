@@ -56,8 +56,8 @@ def choose_device(parallel: ParallelConfig) -> torch.device:
 def keep_freed_memory() -> None:
     """Let this process reuse the memory that it frees; without effect where the C library is not glibc's.
 
-    By default glibc gives large freed tensors back to the system, which then clears every page of the next
-    ones: half of a training step on CPU. It still gives back what exceeds 2 GiB at the end of the heap.
+    By default glibc returns large freed tensors to the system, which then has to clear every page of the next
+    ones. What exceeds 2 GiB at the end of the heap is still returned.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):

@@ -18,12 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from moe.dispatch.permutation import (
     Permutation,
-    gather_rows,
     permute_reference,
     sum_by_token,
     unpermute_reference,
     used_rows,
-)  # fmt: skip
+)
 from moe.model.products import DENSE, Products, grouped_products
 
 ExpertPath = Literal["loop", "grouped_mm", "reference"]
@@ -103,7 +102,7 @@ def swiglu(hidden: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tens
 
 
 class _SwiGLU(NamedTuple):
-    """The arithmetic of one expert, or of all of them at once; with rows scaled before the last product."""
+    """The arithmetic of one expert, or of all at once. A scale multiplies a row before its last product."""
 
     weights: Weights
     products: Products
@@ -120,7 +119,7 @@ class _SwiGLU(NamedTuple):
     def backward(
         self, grad_nD: Tensor, kept: "_Kept", scale_n1: Tensor | None, weight_grads: Weights
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of the rows (n, D) and of their scales (n,); those of the weights are written."""
+        """Gradients of the rows (n, D) and of the scales (n,), or (0,) without scales; fills `weight_grads`."""
         rows_nD, gate_nF, up_nF = kept
         w_gate, w_up, w_down = self.weights
         # 1. Back through w_down, to the product of the two branches.
@@ -153,8 +152,8 @@ class _Kept(NamedTuple):
 class _Loop(torch.autograd.Function):
     """Expert by expert: what is computed for the rows of one of them stays in the cache meanwhile.
 
-    An expert also multiplies a few of the rows behind its own, up to a number of rows that comes often: for a
-    product of a new shape oneDNN takes half a millisecond and half a MiB. What it makes of them is left out.
+    The number of rows is rounded up, because every new shape costs oneDNN half a millisecond and half a MiB.
+    The additional rows are the next ones in the order of experts; their results are not used.
     """
 
     @staticmethod
@@ -205,9 +204,9 @@ class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens_MD: Tensor, gates_MK: Tensor, *rest: Any) -> Tensor:
         *weights, permutation = rest
-        _, gates_N1 = _token_and_gate(permutation.assignment_of_row, gates_MK, tokens_MD.dtype)
+        token_N, gates_N1 = _token_and_gate(permutation.assignment_of_row, gates_MK, tokens_MD.dtype)
         experts = _SwiGLU(weights, grouped_products(permutation.rows_per_expert))
-        *kept, output_ND = experts.forward(gather_rows(tokens_MD, permutation), gates_N1)
+        *kept, output_ND = experts.forward(tokens_MD.index_select(0, token_N), gates_N1)
         ctx.permutation = permutation
         ctx.save_for_backward(tokens_MD, gates_MK, *weights, *kept)
         return sum_by_token(output_ND, permutation)
@@ -217,11 +216,11 @@ class _GroupedMM(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         permutation: Permutation = ctx.permutation
         tokens_MD, gates_MK, w_gate, w_up, w_down, *pre_activations = ctx.saved_tensors
-        _, gates_N1 = _token_and_gate(permutation.assignment_of_row, gates_MK, tokens_MD.dtype)
+        token_N, gates_N1 = _token_and_gate(permutation.assignment_of_row, gates_MK, tokens_MD.dtype)
         experts = _SwiGLU((w_gate, w_up, w_down), grouped_products(permutation.rows_per_expert))
         weight_grads = [torch.empty_like(weight) for weight in (w_gate, w_up, w_down)]
-        kept = _Kept(gather_rows(tokens_MD, permutation), *pre_activations)
-        grad_ND = gather_rows(grads[0], permutation)
+        kept = _Kept(tokens_MD.index_select(0, token_N), *pre_activations)
+        grad_ND = grads[0].index_select(0, token_N)
         rows_grad_ND, gate_grads_N = experts.backward(grad_ND, kept, gates_N1, weight_grads)
         gate_grads_N = gate_grads_N.where(used_rows(permutation), 0).to(gates_MK.dtype)
         gate_grads_A = torch.zeros_like(gates_MK).flatten()
@@ -249,7 +248,7 @@ class _Dense(torch.autograd.Function):
 
 
 def _rows_of_experts(permutation: Permutation) -> Iterator[tuple[int, int, slice]]:
-    """The experts that have rows, how many, and these rows with some of those behind them."""
+    """Each expert that has rows, their number, and a slice of them whose length is rounded up."""
     start = 0
     for expert, number in enumerate(permutation.rows_per_expert.tolist()):
         if number:
@@ -259,11 +258,12 @@ def _rows_of_experts(permutation: Permutation) -> Iterator[tuple[int, int, slice
 
 
 def _step(number: int) -> int:
-    """What numbers of rows are rounded up to a multiple of: a 16th to a 32nd of them, at least 4."""
+    """A number of rows is rounded up to a multiple of this: 1/32 to 1/16 of it, and at least 4."""
     return max(4, 1 << max(number.bit_length() - 5, 0))
 
 
 def _with_rows_behind(order_N: Tensor) -> Tensor:
+    """Enough rows after the last one for the last slice to be rounded up."""
     return F.pad(order_N, (0, _step(len(order_N)))) if len(order_N) else order_N
 
 

@@ -123,7 +123,7 @@ class Engine:
         )
         self._deepspeed: Any = wrapped
         self._adamw: Any = optimizer
-        # A single process has nothing to reduce, and is spared DeepSpeed's three copies of the gradients.
+        # A single process has nothing to reduce, and skips the copies that DeepSpeed makes for it.
         self._reduces = world.size > 1 or config.parallel.zero_stage == 2
         wrapped.enable_backward_allreduce = self._reduces
         self.training_state = ZeroState(self.module, wrapped.optimizer)
