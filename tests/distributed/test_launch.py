@@ -1,6 +1,5 @@
 """What a launcher tells a process, freed memory, and the timeout of every process group."""
 
-import platform
 import subprocess
 import sys
 
@@ -63,7 +62,6 @@ print(max(faults() for _ in range(3)), resource.getrusage(resource.RUSAGE_SELF).
 """
 
 
-@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="glibc's malloc is set")
 @pytest.mark.parametrize("kept", [True, False])
 def test_freed_memory_stays_with_the_process_and_no_more_than_that_or_goes_back(kept):
     """64 MiB are 16,384 pages: taken again they fault in anew, unless they were kept."""
