@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
+from moe.benchmark.contenders_by_name import CONTENDERS, check_names, is_comparable
 from moe.benchmark.dispatch_speed import measure_dispatch, split_configs
 from moe.benchmark.generation_speed import measure_generation
 from moe.benchmark.layer_problem import layer_shapes
 from moe.benchmark.layer_speed import measure_layers
-from moe.benchmark.lineup import CONTENDERS, check_names, is_comparable
+from moe.benchmark.processes import ALWAYS_OWN_PROCESS, layer_device, running_contenders
 from moe.benchmark.speed_tables import dispatch_rows, generation_rows, layer_rows, step_rows
-from moe.benchmark.stage import APART, layer_device, on_stage
 from moe.benchmark.step_speed import TrainingLoop, measure_steps
 from moe.config import ConfigError, load_config
 from moe.config.command_line import OneLineParser, command, positive, positive_int
@@ -38,7 +38,7 @@ from moe.tables import align
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.yaml")
-KEEPERS = ("moe", "dense")  # whose own processes keep freed memory, as those that train do
+KEEP_MEMORY = ("moe", "dense")  # whose own processes keep freed memory, as those that train do
 LAYER_NOTE = """\
 milliseconds, medians; quartiles of forward and backward together; memory without weights and their
 gradients. Outputs and gradients were compared with those of moe_reference before."""
@@ -74,18 +74,18 @@ def layer(arguments: list[str]) -> None:
     check_plot(options.plot, names)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     keeps = not options.default_allocator
-    own = names if options.own_process else APART if keeps else ()
+    own = names if options.own_process else ALWAYS_OWN_PROCESS if keeps else ()
     if keeps and not options.own_process:
         keep_freed_memory()
-    stage = partial(on_stage, own=own, keepers=KEEPERS if keeps else ())
+    run = partial(running_contenders, own=own, keep_memory=KEEP_MEMORY if keeps else ())
     records = []
-    for of_shape in measure_layers(shapes, names, stage, options.repeats, options.budget):
+    for of_shape in measure_layers(shapes, names, run, options.repeats, options.budget):
         records += of_shape
         if not options.json:
             print(align(list(layer_rows(of_shape))) + "\n", flush=True)
     if options.json:
         precision = "bf16" if layer_device().type == "cuda" else "fp32"
-        keeping = [name for name in names if keeps and (name not in own or name in KEEPERS)]
+        keeping = [name for name in names if keeps and (name not in own or name in KEEP_MEMORY)]
         print_json(records, precision=precision, own_process=options.own_process, keeps_freed_memory=keeping)
     else:
         print(LAYER_NOTE)

@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from moe.benchmark.contenders import Outcome, Pass
+from moe.benchmark.contenders_by_name import is_comparable
 from moe.benchmark.layer_problem import LayerShape
-from moe.benchmark.lineup import is_comparable
 from moe.benchmark.measuring import in_turns, spread_ms
 
 
@@ -27,18 +27,20 @@ class Timed(Protocol):
 
 
 # Makes contenders of these names, for as long as they are measured, and what they should compute.
-Stage = Callable[[Sequence[str], LayerShape], AbstractContextManager[tuple[Mapping[str, Timed], Outcome]]]
+RunContenders = Callable[
+    [Sequence[str], LayerShape], AbstractContextManager[tuple[Mapping[str, Timed], Outcome]]
+]
 
 
 def measure_layers(
-    shapes: Sequence[LayerShape], names: Sequence[str], stage: Stage, repeats: int, budget_s: float
+    shapes: Sequence[LayerShape], names: Sequence[str], run: RunContenders, repeats: int, budget_s: float
 ) -> Iterator[list[dict[str, Any]]]:
     """Compare the contenders at each shape, those left out that compute something else there.
 
     Args:
         shapes: one after the other.
         names: of the contenders.
-        stage: `on_stage`, with its last arguments given.
+        run: `running_contenders`, with its last arguments given.
         repeats: timed passes of each contender at most.
         budget_s: seconds of a contender at one shape after which it is not timed again.
 
@@ -50,7 +52,7 @@ def measure_layers(
     """
     for shape in shapes:
         comparable = [name for name in names if is_comparable(name, shape)]
-        with stage(comparable, shape) as (contenders, expected):
+        with run(comparable, shape) as (contenders, expected):
             passes, peaks = _measure(contenders, expected, repeats, budget_s)
         del contenders, expected  # before those of the next shape are made
         yield _records(shape, passes, peaks)

@@ -119,7 +119,7 @@ class _SwiGLU(NamedTuple):
     def backward(
         self, grad_nD: Tensor, kept: "_Kept", scale_n1: Tensor | None, weight_grads: Weights
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of the rows (n, D) and of the scales (n,), or (0,) without scales; fills `weight_grads`."""
+        """Gradients of rows (n, D) and scales (n,), or (0,) without scales; those of weights are written."""
         rows_nD, gate_nF, up_nF = kept
         w_gate, w_up, w_down = self.weights
         # 1. Back through w_down, to the product of the two branches.

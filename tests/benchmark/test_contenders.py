@@ -4,9 +4,15 @@ import pytest
 import torch
 
 from moe.benchmark.contenders import DenseContender, ModuleContender
+from moe.benchmark.contenders_by_name import (
+    CONTENDERS,
+    build_contender,
+    check_names,
+    is_comparable,
+    reference_of,
+)
 from moe.benchmark.gemm_floor import GemmFloor
 from moe.benchmark.layer_problem import LayerProblem, LayerShape, layer_shapes
-from moe.benchmark.lineup import CONTENDERS, build_contender, check_names, is_comparable, reference_of
 from moe.config import ConfigError, RunError
 
 CPU = torch.device("cpu")
@@ -133,7 +139,7 @@ def test_shapes_that_cannot_be_compared_are_refused(sizes, message):
 def test_a_contender_that_is_not_there_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="--contenders: 'megablocks' is not one of moe, "):
         check_names(["moe", "megablocks"])
-    monkeypatch.setattr("moe.benchmark.lineup.find_spec", lambda name: None)
+    monkeypatch.setattr("moe.benchmark.contenders_by_name.find_spec", lambda name: None)
     check_names(["moe", "deepspeed"])
     with pytest.raises(ConfigError, match="hf_eager needs transformers; pip install"):
         check_names(["moe", "hf_eager"])

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from moe.benchmark.contenders import ModuleContender, Outcome, Pass
+from moe.benchmark.contenders_by_name import CONTENDERS, reference_of
 from moe.benchmark.layer_problem import LayerProblem, LayerShape
 from moe.benchmark.layer_speed import measure_layers
-from moe.benchmark.lineup import CONTENDERS, reference_of
+from moe.benchmark.processes import running_contenders
 from moe.benchmark.speed_plot import plot_speeds
 from moe.benchmark.speed_tables import layer_rows
-from moe.benchmark.stage import on_stage
 from moe.config import RunError
 
 SHAPE = LayerShape(num_experts=4, tokens=16, top_k=2, d_model=16, d_ff_expert=32)
@@ -39,10 +39,10 @@ class Scripted:
 
 def measure(contenders, repeats=3):
     @contextmanager
-    def stage(names, shape):
+    def run(names, shape):
         yield {name: contenders[name] for name in names}, OUTCOME
 
-    return list(measure_layers([SHAPE], list(contenders), stage, repeats, 100.0))
+    return list(measure_layers([SHAPE], list(contenders), run, repeats, 100.0))
 
 
 def test_a_record_has_medians_and_the_speed_relative_to_dense():
@@ -76,7 +76,7 @@ def test_nothing_is_timed_if_one_is_wrong():
 
 def test_all_contenders_at_every_shape_where_they_compute_the_same(tmp_path):
     shapes = [SHAPE, LayerShape(8, 16, 2, 16, 32), LayerShape(4, 16, 1, 16, 64)]
-    records = list(measure_layers(shapes, CONTENDERS, on_stage, 1, 1.0))
+    records = list(measure_layers(shapes, CONTENDERS, running_contenders, 1, 1.0))
     assert [[record["contender"] for record in of_shape] for of_shape in records] == [
         list(CONTENDERS),
         list(CONTENDERS),
@@ -96,7 +96,10 @@ def test_all_contenders_at_every_shape_where_they_compute_the_same(tmp_path):
 def test_a_contender_in_a_process_of_its_own_is_checked_and_timed():
     """All in one test, since each process imports torch."""
     names = ["dense", "moe", "hf_grouped_mm"]
-    with on_stage(names, SHAPE, own=["dense", "hf_grouped_mm"], keepers=["dense"]) as (contenders, expected):
+    with running_contenders(names, SHAPE, own=["dense", "hf_grouped_mm"], keep_memory=["dense"]) as (
+        contenders,
+        expected,
+    ):
         (records,) = measure_layers([SHAPE], names, reuse(contenders, expected), 2, 10.0)
         assert [record["repeats"] for record in records] == [2, 2, 2]
         assert isinstance(contenders["moe"], ModuleContender)
@@ -115,10 +118,10 @@ def test_a_contender_in_a_process_of_its_own_is_checked_and_timed():
 
 
 def reuse(contenders, expected):
-    """A stage of contenders that exist."""
+    """Runs contenders that exist."""
 
     @contextmanager
-    def stage(names, shape):
+    def run(names, shape):
         yield contenders, expected
 
-    return stage
+    return run

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from moe.benchmark import stage
+from moe.benchmark import processes
 from moe.benchmark.contenders import ModuleContender
 from scripts import bench
 from scripts.bench import main
@@ -76,7 +76,7 @@ def test_layers_that_compute_something_else_at_top_1_are_left_out_by_name(capsys
 
 
 def test_a_contender_with_other_weights_is_refused_by_name_and_nothing_is_printed(capsys, monkeypatch):
-    build = stage.build_contender
+    build = processes.build_contender
 
     def with_other_weights(name, problem):
         contender = build(name, problem)
@@ -87,7 +87,7 @@ def test_a_contender_with_other_weights_is_refused_by_name_and_nothing_is_printe
                 weights["experts.down_proj"][1] *= 1.001
         return contender
 
-    monkeypatch.setattr(stage, "build_contender", with_other_weights)
+    monkeypatch.setattr(processes, "build_contender", with_other_weights)
     assert main([*LAYER, "--contenders", "moe,hf_grouped_mm"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 
 from moe.benchmark.contenders import Outcome, Pass
+from moe.benchmark.contenders_by_name import build_contender, reference_of
 from moe.benchmark.layer_problem import LayerProblem, LayerShape
 from moe.benchmark.layer_speed import Timed
-from moe.benchmark.lineup import build_contender, reference_of
 from moe.config import RunError
 from moe.distributed.launch import keep_freed_memory
 
 # With freed memory kept, the process of its passes at 64 experts grew past a limit of 15 GB; the cause is
 # not known. With glibc's default it peaks near 2 GB.
-APART = ("hf_eager",)
+ALWAYS_OWN_PROCESS = ("hf_eager",)
 
 
 @contextmanager
-def on_stage(
-    names: Sequence[str], shape: LayerShape, own: Sequence[str] = (), keepers: Sequence[str] = ()
+def running_contenders(
+    names: Sequence[str], shape: LayerShape, own: Sequence[str] = (), keep_memory: Sequence[str] = ()
 ) -> Iterator[tuple[Mapping[str, Timed], Outcome]]:
     """Make contenders, and what they should compute; end all processes afterwards.
 
@@ -34,7 +34,7 @@ def on_stage(
         names: of the contenders.
         shape: of the layer.
         own: those that run in a process, and with an allocator, of their own.
-        keepers: of these, whose processes keep freed memory. Others have glibc's default.
+        keep_memory: of these, whose processes keep freed memory. Others have glibc's default.
     """
     problem = LayerProblem(shape, layer_device())
     expected = reference_of(problem).outcome()
@@ -42,7 +42,7 @@ def on_stage(
         contenders: dict[str, Timed] = {}
         for name in names:
             if name in own:
-                contenders[name] = process = _ContenderProcess(name, shape, keeps=name in keepers)
+                contenders[name] = process = _ContenderProcess(name, shape, keeps=name in keep_memory)
                 stack.callback(process.stop)
             else:
                 contenders[name] = build_contender(name, problem)
