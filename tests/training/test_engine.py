@@ -180,6 +180,25 @@ def test_a_bad_gradient_shows_in_the_norm(process_group, zero_stage, precision, 
     assert not math.isfinite(run_engine(engine, config, 1)[1][0])
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_a_gradient_is_shortened_to_the_limit_and_a_shorter_one_is_left_alone(
+    process_group, zero_stage, share
+):
+    """Adam's first moment shows it, 0.1 g after one step; its weights hardly, as Adam divides by the size."""
+    config = make_config(optim={"grad_clip": 0.0})
+    model, tokens = Transformer(config), batches(1)[0]
+    loss_of(model(tokens[:, :-1]), tokens, config).backward()
+    gradients = {name: gradient_of(parameter) for name, parameter in model.named_parameters()}
+    norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+    config = make_config(optim={"grad_clip": share * norm}, parallel={"zero_stage": zero_stage})
+    engine = make_engine(config, process_group)
+    run_engine(engine, config, 1)
+    for name, moment in full_state(engine)["exp_avg"].items():
+        expected = 0.1 * min(share, 1.0) * gradients[name]
+        torch.testing.assert_close(moment, expected, rtol=1e-3, atol=1e-8, msg=name)
+
+
 @pytest.mark.parametrize(("precision", "shared"), [("fp32", True), ("bf16", False)])
 def test_in_fp32_adamw_updates_the_weights_themselves(process_group, precision, shared):
     config = make_config(parallel={"precision": precision})
