@@ -19,7 +19,6 @@ from typing import Any
 from moe.ablation.ablation_folder import AblationFolder
 from moe.ablation.cells import GRANULARITY, Cell, plan_cells, shortened
 from moe.ablation.estimate import plan_table, seconds_per_run
-from moe.ablation.html_report import write_report
 from moe.ablation.race import plan_race, race_table, uncertain
 from moe.ablation.runner import AblationRunner, Conditions, Task, stopped_by_signals
 from moe.ablation.step_times import ROUNDS, measure_step_times
@@ -45,6 +44,9 @@ def main(arguments: list[str]) -> int:
     race = options.hold == RACE
     hold = "active_flops" if race else options.hold
     cells = plan_cells(config, parse_vary(options.vary), hold, device, baselines=not options.no_dense)
+    if race and not any(cell.is_dense for cell in cells):
+        problem = f"with --hold {RACE} all cells get the time of a dense one; vary moe.num_experts=1,... too"
+        raise ConfigError("--no-dense", problem)
     on_cpu = device == "cpu" and not options.launcher
     jobs = options.jobs or (len(os.sched_getaffinity(0)) if on_cpu else 1)
     # A thread each: runs of several threads on the same cores wait for each other by spinning, and rounding
@@ -92,7 +94,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     hold_help += "token, and every cell trains for the measured time of the dense one"
     holds = ("active_flops", "total_params", "memory", RACE, "none")
     add("--hold", choices=holds, default="active_flops", help=hold_help)
-    add("--no-dense", action="store_true", help="add no dense models")
+    add("--no-dense", action="store_true", help="add no dense models but those of --vary")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the ablation")
     jobs_help = "runs side by side, a thread each (default: one per core; one on a GPU or with --launcher)"
     add("--jobs", type=positive_int, help=jobs_help)
@@ -100,11 +102,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--launcher", default="", help=launcher_help)
     add("--quick", action="store_true", help=f"1/{QUICK} of the steps; a trial, not a result")
     add("--dry-run", action="store_true", help="print the plan and train nothing")
-    options = parser.parse_intermixed_args(arguments)
-    if options.no_dense and options.hold == RACE:
-        problem = f"with --hold {RACE} all cells get the time of a dense one; leave one of the two out"
-        raise ConfigError("--no-dense", problem)
-    return options
+    return parser.parse_intermixed_args(arguments)
 
 
 def reference(options: argparse.Namespace) -> Config:
@@ -190,6 +188,8 @@ def train_and_report(runner: AblationRunner, tasks: list[Task], folder: Ablation
         print("stopped; run the same command again to continue")
         return INTERRUPTED
     if any(task.is_finished for task in tasks):
+        from moe.ablation.html_report import write_report  # with scipy and matplotlib, which take two seconds
+
         try:
             print("\n".join(write_report(folder.path)))
         except ConfigError as error:

@@ -6,7 +6,6 @@ python scripts/report.py DIR
 import sys
 from pathlib import Path
 
-from moe.ablation.html_report import write_report
 from moe.config.command_line import OneLineParser, command
 
 
@@ -16,6 +15,8 @@ def main(arguments: list[str]) -> int:
     parser = OneLineParser(prog="report.py", description="Write the report of a folder of finished runs.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="every finished run below it is reported")
     folder = parser.parse_args(arguments).folder
+    from moe.ablation.html_report import write_report  # takes three seconds
+
     print("\n".join(write_report(folder)))
     print(f"see {folder / 'report.html'}, results.csv and the PNGs beside it")
     return 0

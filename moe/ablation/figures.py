@@ -5,12 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from moe.ablation.cells import TOLERANCE
@@ -41,14 +39,14 @@ def draw_figures(comparison: Comparison, folder: Path, suffix: str) -> list[tupl
     """Draw all figures for which the cells have data into PNG files; returns these with their captions."""
     pictures = []
     for name, title, caption, draw in _figures(comparison):
-        figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=130, layout="constrained")
+        figure = Figure(figsize=(7.2, 4.6), dpi=130, layout="constrained")
+        axes = figure.subplots()
         draw(axes)
         axes.set_title(title, fontsize=12)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
         path = folder / f"{name}{suffix}.png"
         figure.savefig(path)
-        plt.close(figure)
         pictures.append((path, f"{title}. {caption}"))
     return pictures
 
@@ -168,7 +166,7 @@ def _curves(axes: Axes, cells: Sequence[CellResult], over_time: bool) -> None:
             *np.array(common).T,
             label=cell.label,
             markersize=5,
-            color=plt.get_cmap("viridis")(0.85 * index / max(len(cells) - 1, 1)),
+            color=colormaps["viridis"](0.85 * index / max(len(cells) - 1, 1)),
             marker=_MARKERS[index % len(_MARKERS)],
             linestyle=_LINES[index % len(_LINES)],
             markerfacecolor="white" if cell.is_dense else None,

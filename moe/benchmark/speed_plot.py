@@ -4,10 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 
 def plot_speeds(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -19,7 +16,7 @@ def plot_speeds(records: Sequence[dict[str, Any]], path: Path) -> None:
     """
     panels = list(dict.fromkeys((record["tokens"], record["top_k"]) for record in records))
     names = list(dict.fromkeys(record["contender"] for record in records))
-    figure = plt.figure(figsize=(5.5 * len(panels), 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(5.5 * len(panels), 4.5), dpi=120, layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     for axes, (tokens, top_k) in zip(grid[0], panels, strict=True):
         for color, name in enumerate(names):
@@ -40,4 +37,3 @@ def plot_speeds(records: Sequence[dict[str, Any]], path: Path) -> None:
     grid[0][0].set_ylabel("speed, forward and backward, relative to dense")
     grid[0][-1].legend(frameon=False, fontsize=8)
     figure.savefig(path)
-    plt.close(figure)

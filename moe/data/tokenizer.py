@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi, try_to_load_from_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moe.config import Config, ConfigError, first_line
@@ -72,6 +71,12 @@ def _make_tokenizer(spec: str, training_texts: Iterable[str]) -> Tokenizer:
         path = path / "tokenizer.json"
     if path.is_file() or path.suffix == ".json":
         return read_tokenizer(path, "data.tokenizer")
+    return _from_hub(spec)
+
+
+def _from_hub(spec: str) -> Tokenizer:
+    from huggingface_hub import HfApi, try_to_load_from_cache  # takes a third of a second
+
     cached = try_to_load_from_cache(spec, "tokenizer.json") if spec.count("/") == 1 else None
     if isinstance(cached, str):
         return read_tokenizer(Path(cached), "data.tokenizer")

@@ -3,18 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 
 def plot_losses(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     """Draw the training and validation loss of `metrics.jsonl` against tokens, into the PNG `path`."""
+    from matplotlib.figure import Figure  # takes half a second, and is needed at the end only
+
     train = [(line["tokens"], line["loss/lm"]) for line in metrics if "loss/lm" in line]
     evaluated = [(line["tokens"], line["eval/loss"]) for line in metrics if "eval/loss" in line]
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
     tokens, losses = np.array(train).T
     axes.plot(tokens / 1e6, losses, color="#9aa5b1", linewidth=1.2, label="training (one batch)")
     if evaluated:
@@ -25,4 +24,3 @@ def plot_losses(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path)
-    plt.close(figure)

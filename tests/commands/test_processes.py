@@ -10,9 +10,23 @@ import pytest
 
 import train
 from tests.support.launching import stopped_at_the_end
-from tests.support.paths import TRAIN
+from tests.support.paths import ROOT, TRAIN
 from tests.support.runs import assert_same_run
 from tests.support.training import train_on_ranks
+
+
+def test_no_command_imports_at_its_start_what_takes_long_and_may_not_be_needed():
+    """So that `--help` and errors in the command line come within two seconds; torch is most of them."""
+    commands = [str(TRAIN), *map(str, sorted((ROOT / "scripts").glob("*.py")))]
+    script = f"""
+import runpy, sys
+for command in {commands}:
+    runpy.run_path(command)
+    slow = {{"deepspeed", "matplotlib", "scipy", "huggingface_hub", "datasets", "transformers"}}
+    slow |= {{"torch._dynamo"}}
+    assert not slow & set(sys.modules), (command, slow & set(sys.modules))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=ROOT)
 
 
 @pytest.mark.slow
