@@ -293,10 +293,12 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    if code == DONE or os.environ.get("WORLD_SIZE", "1") == "1":
+    code, alone = main(sys.argv[1:]), os.environ.get("WORLD_SIZE", "1") == "1"
+    if code == DONE or alone:
         leave()
+    if alone:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # leaving in order would wait for ranks that are gone
+    # An end in order would wait for ranks that are gone, and a thread of gloo at times aborts or blocks it.
+    os._exit(code)

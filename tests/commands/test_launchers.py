@@ -117,7 +117,7 @@ def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[s
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -129,7 +129,12 @@ def finish(*processes: subprocess.Popen[str]) -> str:
     outputs = []
     with stopped_at_the_end(*processes):
         for process in processes:
-            outputs.append(process.communicate(timeout=120)[0])
+            try:
+                outputs.append(process.communicate(timeout=120)[0])
+            except subprocess.TimeoutExpired:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.send_signal(signal.SIGABRT)  # each prints where its threads are
+                pytest.fail(process.communicate(timeout=20)[0])
             assert process.returncode == 0, outputs[-1]
     return outputs[0]
 
