@@ -170,6 +170,22 @@ def test_the_norms_of_the_families_are_those_of_their_gradients(process_group):
         assert norms.families()[family] == pytest.approx(expected, rel=1e-5), family
 
 
+def test_the_norm_of_a_parameter_of_many_elements_has_the_precision_of_fp32(process_group):
+    """A sum of as many fp32 squares one after the other would be off by up to 1 %."""
+    model = {"vocab_size": 2**18, "d_model": 64, "tie_embeddings": False}
+    config = make_config(model=model, optim={"grad_clip": 0.0})
+    engine = make_engine(config, process_group)
+    assert engine.module.head is not None
+    engine.module.head.weight.register_hook(torch.rand_like)  # else a few rows are most of the norm
+    tokens = batches(1)[0][:1]
+    engine.backward(loss_of(engine(tokens[:, :-1]), tokens, config))
+    norms = engine.step(1e-3)
+    gradients = [moment.double() / 0.1 for moment in full_state(engine)["exp_avg"].values()]
+    expected = sum(gradient.square().sum().item() for gradient in gradients) ** 0.5
+    assert norms is not None
+    assert norms.total == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero_stage", [1, 2])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
