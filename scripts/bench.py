@@ -41,7 +41,8 @@ TINY = str(ROOT / "configs" / "tiny.yaml")
 KEEP_MEMORY = ("moe", "dense")  # whose own processes keep freed memory, as those that train do
 LAYER_NOTE = """\
 milliseconds, medians; quartiles of forward and backward together; memory without weights and their
-gradients. Outputs and gradients were compared with those of moe_reference before."""
+gradients. backward: the median of both less that of the forward pass. Outputs, the input's gradient and
+the norm of the weights' gradients were compared with those of moe_reference before."""
 STEP_NOTE = """\
 milliseconds, medians. rest: reading samples, the loss, metrics. The floor is the same model in plain
 PyTorch, with AdamW(fused=True) and clip_grad_norm_."""

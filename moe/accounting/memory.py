@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from moe.accounting.communication import FP32, bytes_per_value, rows_per_token
 from moe.accounting.counts import count_parameters
 from moe.config import Config
-from moe.training.deepspeed_config import REDUCE_BUCKET
+from moe.training.deepspeed_config import REDUCE_BUCKET, reduces_gradients
 
 MOMENTS_BYTES = 8  # Adam's two, per parameter
 
@@ -68,7 +68,7 @@ def estimate_memory(config: Config, world_size: int, device: str) -> Memory:
         weights=held * width,
         optimizer=share * (MOMENTS_BYTES + (FP32 if width != FP32 else 0)),
         gradients=share * FP32 if parallel.zero_stage == 2 else held * width,
-        bucket=REDUCE_BUCKET[device] * width if world_size > 1 or parallel.zero_stage == 2 else 0,
+        bucket=REDUCE_BUCKET[device] * width if reduces_gradients(config, world_size) else 0,
         activations=tokens * (kept + final_norm),
         recomputed=tokens * max(blocks) if recomputes else 0,
         temporary=tokens * max(_temporary(config, layer) for layer in range(model.n_layers)),
@@ -83,13 +83,24 @@ def estimate_memory(config: Config, world_size: int, device: str) -> Memory:
 def _temporary(config: Config, layer: int) -> int:
     """Bytes per token that the backward pass of a feed-forward block takes for all its rows at once.
 
-    Four tensors of the hidden width; of width d_model the rows, the output's gradients, and two of the rows'.
+    Four tensors of the hidden width; of width d_model two of the rows' gradients and, in a sparse block,
+    copies of the rows and of the output's gradients. Routed and shared experts take their turns.
     """
     model, moe, width = config.model, config.moe, bytes_per_value(config)
-    if layer not in config.moe_layers:
-        return width * (4 * model.d_ff + 2 * model.d_model)
+    hidden = _dense_width(config, layer)
+    dense = width * (4 * hidden + 2 * model.d_model) if hidden else 0
+    if layer not in config.moe_layers or moe.is_dense:
+        return dense
     rows = moe.top_k * min(1.0, moe.capacity_factor or 1.0)
-    return int(width * rows * (4 * moe.d_ff_expert + 4 * model.d_model))
+    return max(dense, int(width * rows * (4 * moe.d_ff_expert + 4 * model.d_model)))
+
+
+def _dense_width(config: Config, layer: int) -> int:
+    """Hidden width of what every token passes: a dense block, or the shared experts of a sparse one."""
+    moe = config.moe
+    if layer not in config.moe_layers:
+        return config.model.d_ff
+    return (moe.num_shared_experts + moe.is_dense) * moe.d_ff_expert
 
 
 def _block_activations(config: Config, layer: int) -> int:
@@ -100,12 +111,11 @@ def _block_activations(config: Config, layer: int) -> int:
     attention = norm + width * (model.d_model + heads * model.head_dim) + FP32 * model.n_heads
     if model.qk_norm:
         attention += 2 * FP32 * (model.n_heads + model.n_kv_heads) * model.head_dim
-    shared = moe.num_shared_experts * moe.d_ff_expert
+    hidden = _dense_width(config, layer)
     if layer not in config.moe_layers or moe.is_dense:
-        hidden = moe.d_ff_expert + shared if layer in config.moe_layers else model.d_ff
         return attention + norm + width * (model.d_model + 2 * hidden)
     router = FP32 * (model.d_model + 2 * moe.num_experts)
     rows = moe.top_k * min(1.0, moe.capacity_factor or 1.0)
-    experts = int(width * rows * 2 * moe.d_ff_expert) + width * 2 * shared
+    experts = int(width * rows * 2 * moe.d_ff_expert) + width * 2 * hidden
     tokens = width * model.d_model if width != FP32 else 0  # in fp32 they are the router's
     return attention + norm + router + tokens + experts

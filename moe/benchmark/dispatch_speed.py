@@ -25,7 +25,7 @@ from moe.training.engine import start
 
 
 def split_configs(config: Config, ranks: Sequence[int]) -> list[Config]:
-    """The configuration on so many ranks each, which split the experts and the global batch evenly.
+    """The configuration for each number of ranks, which split the experts and the global batch evenly.
 
     Raises:
         ConfigError: it is dense, drops tokens, or does not split evenly.

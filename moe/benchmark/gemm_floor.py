@@ -1,18 +1,20 @@
 """The floor of a MoE layer: the matrix products of its experts and nothing else."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from moe.benchmark.contenders import Contender, Outcome
 from moe.benchmark.layer_problem import LayerProblem
-
-_Product = tuple[Tensor, Tensor, Tensor]  # two factors, and where their product goes
+from moe.model.products import DENSE
 
 
 class GemmFloor(Contender):
     """Three products of each expert forward and six backward, on as many rows as it has in the layer.
 
-    Rows, weights and results are allocated beforehand; there is no routing, no activation, no autograd.
+    They are those of the layer's path `loop`. There is no routing, no activation, no autograd.
     """
 
     def __init__(self, problem: LayerProblem):
@@ -23,27 +25,24 @@ class GemmFloor(Contender):
         def groups(width: int) -> tuple[Tensor, ...]:
             return torch.randn(sum(rows), width, device=like.device, dtype=like.dtype).split(rows)
 
-        x, y, dy, dx_gate, dx_up = (groups(shape.d_model) for _ in range(5))
-        gate, up, act, d_act, d_gate, d_up = (groups(shape.d_ff_expert) for _ in range(6))
+        x, dy = (groups(shape.d_model) for _ in range(2))
+        act, d_gate, d_up = (groups(shape.d_ff_expert) for _ in range(3))
         stacked = [problem.weights[f"experts.{name}"] for name in ("w_gate", "w_up", "w_down")]
         gradients = [torch.zeros_like(weights) for weights in stacked]
-        self._forward: list[_Product] = []
-        self._backward: list[_Product] = []
+        self._forward: list[Callable[[], object]] = []
+        self._backward: list[Callable[[], object]] = []
         for e in (expert for expert, number in enumerate(rows) if number):
             w_gate, w_up, w_down = (weights[e] for weights in stacked)
             dw_gate, dw_up, dw_down = (weights[e] for weights in gradients)
-            self._forward += [(x[e], w_gate, gate[e]), (x[e], w_up, up[e]), (act[e], w_down, y[e])]
-            self._backward += [
-                *((dy[e], w_down.T, d_act[e]), (act[e].T, dy[e], dw_down)),
-                *((d_gate[e], w_gate.T, dx_gate[e]), (x[e].T, d_gate[e], dw_gate)),
-                *((d_up[e], w_up.T, dx_up[e]), (x[e].T, d_up[e], dw_up)),
-            ]
-
-    @property
-    def flops(self) -> int:
-        """Of one pass."""
-        factors = [(left, right) for left, right, _ in (*self._forward, *self._backward)]
-        return sum(2 * left.numel() * right.shape[1] for left, right in factors)
+            for left, weight in ((x, w_gate), (x, w_up), (act, w_down)):
+                self._forward.append(partial(DENSE.output, left[e], weight))
+            for left, weight, grad, into in (
+                (act, w_down, dy, dw_down),
+                (x, w_gate, d_gate, dw_gate),
+                (x, w_up, d_up, dw_up),
+            ):
+                self._backward.append(partial(DENSE.input_grad, grad[e], weight))
+                self._backward.append(partial(DENSE.weight_grad, left[e], grad[e], into))
 
     def forward(self) -> None:
         """The products of the forward pass."""
@@ -54,7 +53,7 @@ class GemmFloor(Contender):
         _multiply(self._backward)
 
     def clear(self) -> None:
-        """Nothing is left: results are overwritten."""
+        """Nothing is left."""
 
     def check(self, expected: Outcome) -> None:
         """Warm up; there is no result to compare."""
@@ -62,11 +61,11 @@ class GemmFloor(Contender):
         self._run()
 
     def peak_mib(self) -> None:
-        """All is allocated beforehand."""
+        """Not measured: results are dropped at once."""
         return None
 
 
 @torch.no_grad()
-def _multiply(products: list[_Product]) -> None:
-    for left, right, result in products:
-        torch.mm(left, right, out=result)
+def _multiply(products: list[Callable[[], object]]) -> None:
+    for product in products:
+        product()

@@ -117,9 +117,13 @@ class _SwiGLU(NamedTuple):
         return gate_nF, up_nF, self.products.output(hidden_nF, w_down)
 
     def backward(
-        self, grad_nD: Tensor, kept: "_Kept", scale_n1: Tensor | None, weight_grads: Weights
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of rows (n, D) and scales (n,), or (0,) without scales; those of weights are written."""
+        self,
+        grad_nD: Tensor,
+        kept: "_Kept",
+        scale_n1: Tensor | None,
+        into: Sequence[Tensor | None] = (None, None, None),
+    ) -> tuple[Tensor, Tensor, Weights]:
+        """Gradients of rows (n, D), of scales (n,), or (0,) without them, and of weights; see `Products`."""
         rows_nD, gate_nF, up_nF = kept
         w_gate, w_up, w_down = self.weights
         # 1. Back through w_down, to the product of the two branches.
@@ -130,15 +134,16 @@ class _SwiGLU(NamedTuple):
             scale_grads_n = (hidden_grad_nF * hidden_nF).sum(1, dtype=_at_least_fp32(rows_nD))
             hidden_nF.mul_(scale_n1)
             hidden_grad_nF.mul_(scale_n1)
-        self.products.weight_grad(hidden_nF, grad_nD, weight_grads[2])
+        down_grad = self.products.weight_grad(hidden_nF, grad_nD, into[2])
         # 2. Through the activation, to the two pre-activations.
         up_grad_nF = silu_nF.mul_(hidden_grad_nF)
         gate_grad_nF = torch.ops.aten.silu_backward(hidden_grad_nF.mul_(up_nF), gate_nF)
-        self.products.weight_grad(rows_nD, gate_grad_nF, weight_grads[0])
-        self.products.weight_grad(rows_nD, up_grad_nF, weight_grads[1])
+        weight_grads = [self.products.weight_grad(rows_nD, gate_grad_nF, into[0])]
+        weight_grads += [self.products.weight_grad(rows_nD, up_grad_nF, into[1]), down_grad]
         # 3. Through w_gate and w_up, to the rows.
         rows_grad_nD = self.products.input_grad(gate_grad_nF, w_gate)
-        return rows_grad_nD.add_(self.products.input_grad(up_grad_nF, w_up)), scale_grads_n
+        rows_grad_nD.add_(self.products.input_grad(up_grad_nF, w_up))
+        return rows_grad_nD, scale_grads_n, weight_grads
 
 
 class _Kept(NamedTuple):
@@ -189,7 +194,7 @@ class _Loop(torch.autograd.Function):
             grad_nD[number:] = 0
             kept = _Kept(tokens_MD.index_select(0, token_n), next(of_experts), next(of_experts))
             into = [grad[e] for grad in weight_grads]
-            rows_grad_nD, gate_grads_n = expert.backward(grad_nD, kept, gates_N1[rows], into)
+            rows_grad_nD, gate_grads_n, _ = expert.backward(grad_nD, kept, gates_N1[rows], into)
             sums_MD.index_add_(0, token_n[:number], rows_grad_nD[:number].to(sums_MD.dtype))
             gate_grads_A[order_N[rows][:number]] = gate_grads_n[:number].to(gate_grads_A.dtype)
         for grad in weight_grads:
@@ -218,10 +223,9 @@ class _GroupedMM(torch.autograd.Function):
         tokens_MD, gates_MK, w_gate, w_up, w_down, *pre_activations = ctx.saved_tensors
         token_N, gates_N1 = _token_and_gate(permutation.assignment_of_row, gates_MK, tokens_MD.dtype)
         experts = _SwiGLU((w_gate, w_up, w_down), grouped_products(permutation.rows_per_expert))
-        weight_grads = [torch.empty_like(weight) for weight in (w_gate, w_up, w_down)]
         kept = _Kept(tokens_MD.index_select(0, token_N), *pre_activations)
         grad_ND = grads[0].index_select(0, token_N)
-        rows_grad_ND, gate_grads_N = experts.backward(grad_ND, kept, gates_N1, weight_grads)
+        rows_grad_ND, gate_grads_N, weight_grads = experts.backward(grad_ND, kept, gates_N1)
         gate_grads_N = gate_grads_N.where(used_rows(permutation), 0).to(gates_MK.dtype)
         gate_grads_A = torch.zeros_like(gates_MK).flatten()
         gate_grads_A = gate_grads_A.scatter(0, permutation.assignment_of_row, gate_grads_N)
@@ -241,9 +245,8 @@ class _Dense(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows_nD, gate_nF, up_nF, *weights = ctx.saved_tensors
-        weight_grads = [torch.empty_like(weight) for weight in weights]
-        block = _SwiGLU(weights, DENSE)
-        rows_grad_nD, _ = block.backward(grads[0], _Kept(rows_nD, gate_nF, up_nF), None, weight_grads)
+        kept = _Kept(rows_nD, gate_nF, up_nF)
+        rows_grad_nD, _, weight_grads = _SwiGLU(weights, DENSE).backward(grads[0], kept, None)
         return rows_grad_nD, *weight_grads
 
 

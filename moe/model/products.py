@@ -17,7 +17,7 @@ class Products(NamedTuple):
 
     output: Callable[[Tensor, Tensor], Tensor]  # x, w: x w
     input_grad: Callable[[Tensor, Tensor], Tensor]  # dy, w: dy w^T
-    weight_grad: Callable[[Tensor, Tensor, Tensor], object]  # x, dy, out: writes x^T dy to out
+    weight_grad: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x, dy, out: x^T dy; one weight's, in out
 
 
 def grouped_products(rows_per_group: Tensor) -> Products:
@@ -31,7 +31,7 @@ def grouped_products(rows_per_group: Tensor) -> Products:
     return Products(
         output=lambda x, weight: F.grouped_mm(x, weight, offs=ends_E),
         input_grad=lambda y_grad, weight: F.grouped_mm(y_grad, weight.transpose(1, 2), offs=ends_E),
-        weight_grad=lambda x, y_grad, out: out.copy_(F.grouped_mm(x.t(), y_grad, offs=ends_E)),
+        weight_grad=lambda x, y_grad, out: F.grouped_mm(x.t(), y_grad, offs=ends_E),
     )
 
 

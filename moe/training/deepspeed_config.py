@@ -9,6 +9,11 @@ from moe.config import Config
 REDUCE_BUCKET = {"cpu": 4_000_000, "cuda": 50_000_000}
 
 
+def reduces_gradients(config: Config, world_size: int) -> bool:
+    """Whether DeepSpeed has anything to reduce; a single process under ZeRO 1 has not."""
+    return world_size > 1 or config.parallel.zero_stage == 2
+
+
 def deepspeed_config(config: Config, world_size: int, device: str) -> dict[str, Any]:
     """DeepSpeed's JSON configuration for a run; `device` is `cpu` or `cuda`."""
     settings = {
@@ -19,7 +24,8 @@ def deepspeed_config(config: Config, world_size: int, device: str) -> dict[str, 
         "gradient_clipping": 0.0,
         "zero_optimization": {
             "stage": config.parallel.zero_stage,
-            "reduce_bucket_size": REDUCE_BUCKET[device],
+            # DeepSpeed allocates the bucket even where nothing is reduced.
+            "reduce_bucket_size": REDUCE_BUCKET[device] if reduces_gradients(config, world_size) else 1,
             "compute_grad_norm": False,
         },
         "zero_allow_untested_optimizer": True,

@@ -1,4 +1,4 @@
-"""DeepSpeed, which the library imports here only: start the process group, wrap the model in ZeRO, update it.
+"""DeepSpeed, as far as training needs it: start the process group, wrap the model in ZeRO, update it.
 
 A single process runs the same code with world size 1, and a CPU the same code over gloo.
 """
@@ -19,7 +19,7 @@ from moe.distributed.topology import Topology
 from moe.model.experts import GroupedExperts
 from moe.model.parameter_roles import Role, parameter_roles
 from moe.model.transformer import Transformer, TransformerOutput
-from moe.training.deepspeed_config import deepspeed_config
+from moe.training.deepspeed_config import deepspeed_config, reduces_gradients
 from moe.training.optimizer import parameter_groups
 from moe.training.zero_state import ZeroState
 
@@ -54,9 +54,9 @@ def start(parallel: ParallelConfig) -> World:
     Raises:
         ConfigError: `parallel.ep_size` does not divide the number of ranks.
     """
-    if parallel.keep_freed_memory:
-        keep_freed_memory()
     device = choose_device(parallel)
+    if parallel.keep_freed_memory and device.type == "cpu":
+        keep_freed_memory()
     os.environ["DS_ACCELERATOR"] = device.type
     join(parallel, device)
 
@@ -124,7 +124,7 @@ class Engine:
         self._deepspeed: Any = wrapped
         self._adamw: Any = optimizer
         # A single process has nothing to reduce, and skips the copies that DeepSpeed makes for it.
-        self._reduces = world.size > 1 or config.parallel.zero_stage == 2
+        self._reduces = reduces_gradients(config, world.size)
         wrapped.enable_backward_allreduce = self._reduces
         self.training_state = ZeroState(self.module, wrapped.optimizer)
         if config.parallel.precision == "fp32":

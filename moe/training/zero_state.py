@@ -71,7 +71,7 @@ class ZeroState:
         self._zero._link_all_hp_params()  # DeepSpeed's views of the copy would keep it alive
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Parameters and this rank's part of their gradients, from the last backward pass to the update."""
+        """Parameters and this rank's part of their gradients, inside `Engine.step` before the update."""
         for group, parts in self._zero.averaged_gradients.items():
             parts = (part for part in parts if not getattr(part, "_zero_padding", False))
             # Not strict: a rank with none of the group's parameters has one tensor of padding, not marked so.

@@ -47,7 +47,8 @@ def test_every_process_group_has_the_timeout():
 
 
 FREE_AND_TAKE = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a page of 2 MiB would be one fault
 from moe.config import ParallelConfig
 from moe.training.engine import start
 start(ParallelConfig(keep_freed_memory=sys.argv[1] == "true"))
