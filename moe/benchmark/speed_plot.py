@@ -31,9 +31,9 @@ def plot_speeds(records: Sequence[dict[str, Any]], path: Path) -> None:
         counts = sorted({record["num_experts"] for record in records})
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
-        axes.set_ylim(bottom=0)
         axes.set(title=f"{tokens:,} tokens, top-{top_k}", xlabel="experts")
         axes.grid(alpha=0.3)
+    grid[0][0].set_ylim(bottom=0)  # of all panels, when all have their lines
     grid[0][0].set_ylabel("speed, forward and backward, relative to dense")
     grid[0][-1].legend(frameon=False, fontsize=8)
     figure.savefig(path)
