@@ -135,7 +135,7 @@ def check_report(words: list[str], shrink: list[str]) -> None:
 def check_bench(words: list[str], shrink: list[str]) -> None:
     """It measures something, at sizes that take no time; of repeated options the last one counts."""
     small = {
-        "layer": ["--experts", "4", "--tokens", "16", "--repeats", "1"],
+        "layer": ["--experts", "8", "--tokens", "16", "--repeats", "1"],
         "step": [*shrink, "--steps", "1"],
         "dispatch": [*shrink, "--ranks", "1,2", "--repeats", "1"],
         "generate": ["--new-tokens", "4", "--repeats", "1", *(shrink if "--config" in words else [])],
