@@ -20,7 +20,7 @@ from moe.doctor.layer_check import layer_error
 from moe.doctor.variants import Variant
 from moe.doctor.worker import launch
 from moe.inference.trained_run import load_run
-from moe.model.parameter_roles import parameter_roles
+from moe.model.parameter_roles import family, parameter_roles
 from moe.model.transformer import Transformer
 from moe.runs.metrics_log import read_metrics
 from moe.training.loss import training_loss
@@ -29,7 +29,7 @@ from moe.training.loss import training_loss
 BOUNDS = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (1e-2, 5e-1, 1e-1)}
 NORM_BOUND = {"fp32": 1e-4, "bf16": 5e-3}  # of one step's norm, relative: no error has had time to grow
 LAYER_BOUND = 1e-4
-_TOTAL = "optim/grad_norm"
+_TOTAL = "optim/grad_norm"  # in metrics.jsonl; its parts add /dense, /router and /experts
 MEMORY_SLACK = 2**28  # for libraries, buffers and the allocator, which the estimate does not count
 EXPLANATION = """\
       largest relative difference of loss and of gradient norm, absolute of final weights;
@@ -100,8 +100,7 @@ class Examination:
         squares, roles = defaultdict[str, float](float), parameter_roles(model)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                role = roles[name] if roles[name] in ("router", "experts") else "dense"
-                for key in (_TOTAL, f"{_TOTAL}/{role}"):
+                for key in (_TOTAL, f"{_TOTAL}/{family(roles[name])}"):
                     squares[key] += float(parameter.grad.double().square().sum())
         return {key: math.sqrt(square) for key, square in squares.items()}
 

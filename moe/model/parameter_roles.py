@@ -15,6 +15,13 @@ _ROLE_OF_MODULE: dict[type[nn.Module], Role] = {
     GroupedExperts: "experts",
 }
 
+Family = Literal["dense", "router", "experts"]  # whose gradient norms are reported
+
+
+def family(role: Role) -> Family:
+    """The family of a role: all but `router` and `experts` is `dense`."""
+    return role if role == "router" or role == "experts" else "dense"
+
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
     """The role of every parameter, by its name.

@@ -17,7 +17,7 @@ from moe.distributed.groups import ParallelGroups, World
 from moe.distributed.launch import choose_device, join, keep_freed_memory, set_timeouts
 from moe.distributed.topology import Topology
 from moe.model.experts import GroupedExperts
-from moe.model.parameter_roles import Role, parameter_roles
+from moe.model.parameter_roles import family, parameter_roles
 from moe.model.transformer import Transformer, TransformerOutput
 from moe.training.deepspeed_config import deepspeed_config, reduces_gradients
 from moe.training.optimizer import parameter_groups
@@ -42,10 +42,6 @@ class GradNorms(NamedTuple):
 
 _FAMILIES = ("dense", "router", "experts")  # the order of the fields
 _NORM_PIECE = 2**16  # elements; the fp32 norm of 10^8 of them at once is off by 1 %
-
-
-def _family(role: Role) -> int:
-    return _FAMILIES.index(role if role in _FAMILIES else "dense")
 
 
 def start(parallel: ParallelConfig) -> World:
@@ -106,7 +102,9 @@ class Engine:
         self.world = world
         self._grad_clip = config.optim.grad_clip
         roles = parameter_roles(model)
-        self._family_of = {weight: _family(roles[name]) for name, weight in model.named_parameters()}
+        self._family_of = {
+            weight: _FAMILIES.index(family(roles[name])) for name, weight in model.named_parameters()
+        }
         groups = parameter_groups(model, config.optim.weight_decay)
         if world.groups.ep_size > 1:
             groups = _split_experts(model, groups, world.groups.ep_size)
