@@ -178,12 +178,12 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
         The line of `metrics.jsonl`.
     """
     started, config, world = time.perf_counter(), run.config, run.world
-    batch_size, micro = config.train.global_batch_size, config.train.micro_batch_size
-    ids, lr = samples_of_step(config, run.corpus.train, step), learning_rate(config, step)
+    micro, lr = config.train.micro_batch_size, learning_rate(config, step)
+    ids = samples_of_step(config, run.corpus.train, step)
+    ids_here = ids.reshape(-1, world.size, micro)[:, world.rank].flatten()
+    samples = torch.from_numpy(read_samples(run.corpus.train, ids_here, config.data.seq_len))
     meter, norms = StepMeter(world.device), None
-    for first in range(world.rank * micro, batch_size, world.size * micro):
-        samples = read_samples(run.corpus.train, ids[first : first + micro], config.data.seq_len)
-        tokens = torch.from_numpy(samples).to(world.device)
+    for tokens in samples.to(world.device).split(micro):  # moved at once, as each move waits for a GPU
         loss = training_loss(engine(tokens[:, :-1]), tokens[:, 1:], config.moe)
         meter.add(loss)
         engine.backward(loss.total)
@@ -192,7 +192,7 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     for sums in meter.tensors():
         engine.sum_over_ranks(sums)
     done = step + 1
-    metrics = {"step": done, "tokens": done * batch_size * config.data.seq_len} | meter.read(world.size)
+    metrics = {"step": done, "tokens": done * len(ids) * config.data.seq_len} | meter.read(world.size)
     metrics |= {"optim/lr": lr, "optim/grad_norm": norms.total}
     metrics |= {f"optim/grad_norm/{family}": norm for family, norm in norms.families().items()}
     check_finite(metrics, "loss/lm", done)

@@ -68,7 +68,7 @@ def layer(arguments: list[str]) -> None:
     options = parse_layer(arguments)
     names = options.contenders.split(",") if options.contenders else CONTENDERS
     check_names(names)
-    shapes = layer_shapes(options.experts, options.tokens, options.top_k)
+    shapes = layer_shapes(options.experts, options.tokens, options.top_k, options.d_model)
     left_out = [name for name in names if not all(is_comparable(name, shape) for shape in shapes)]
     if left_out and options.contenders:
         raise ConfigError("--contenders", f"{left_out[0]} computes something else at top-1; leave it out")
@@ -104,7 +104,8 @@ def parse_layer(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--experts", type=positive_ints, default=[8, 16, 64, 128], help="default 8,16,64,128")
     add("--tokens", type=positive_ints, default=[2048, 8192], help="in a pass (default 2048,8192)")
-    add("--top-k", type=positive_ints, default=[2], help="default 2; the width is 2048 / top-k")
+    add("--d-model", type=positive_int, default=512, help="width of a token (default 512)")
+    add("--top-k", type=positive_ints, default=[2], help="default 2; an expert's width is 4 d_model / top-k")
     add("--contenders", help=f"some of {','.join(CONTENDERS)} (default: all)")
     add("--threads", type=positive_int, help="default: those that torch takes")
     add("--repeats", type=positive_int, default=9, help="timed passes of each at most (default 9)")

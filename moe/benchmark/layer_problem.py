@@ -13,7 +13,7 @@ from torch import Tensor
 from moe.config import ConfigError, MoEConfig
 from moe.model.moe_layer import MoELayer
 
-D_MODEL, ACTIVE_WIDTH = 512, 2048  # every token passes through this hidden width, whatever K is
+_ACTIVE_WIDTH = 4  # times D: every token passes through this hidden width, whatever K is
 
 # Smallest distance of the K-th best logit of a token to the next, in standard deviations of the logits. A
 # contender may round its logits: Mixtral's block computes them in the precision of the model.
@@ -42,21 +42,18 @@ class LayerShape:
 
 
 def layer_shapes(
-    experts: Sequence[int],
-    tokens: Sequence[int],
-    top_ks: Sequence[int],
-    d_model: int = D_MODEL,
-    active_width: int = ACTIVE_WIDTH,
+    experts: Sequence[int], tokens: Sequence[int], top_ks: Sequence[int], d_model: int
 ) -> list[LayerShape]:
-    """Every combination, with experts of width `active_width / top_k`: the active FLOPs are equal.
+    """Every combination, with experts of width `4 D / top_k`: the active FLOPs are equal.
 
     Raises:
         ConfigError: there are fewer experts than a token has, or the width does not divide.
     """
+    active_width = _ACTIVE_WIDTH * d_model
     for top_k in top_ks:
         if active_width % (8 * top_k):
             problem = f"{active_width} / {top_k} is no multiple of 8, so experts of equal FLOPs have no width"
-            raise ConfigError("--top-k", f"{problem}; use 1, 2, 4 or 8")
+            raise ConfigError("--top-k", f"{problem}; use 1, 2, 4 or 8 and a --d-model such as 512")
         if top_k > min(experts) or min(experts) < 2:
             raise ConfigError("--experts", f"{min(experts)} is too few for top-{top_k}; use {max(2, top_k)}")
     return [

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.kernels.choice import has_kernels
+
 
 @dataclass(frozen=True)
 class Permutation:
@@ -154,6 +156,10 @@ def _gather_rows(hidden: Tensor, permutation: Permutation) -> Tensor:
 def sum_by_token(rows: Tensor, permutation: Permutation) -> Tensor:
     """`unpermute` without gradients: the sum (T, D) of each token's rows, of (N, D)."""
     places_TK, kept_TK = permutation.row_of_assignment, permutation.kept
+    if has_kernels(rows):
+        from moe.kernels.row_sums import sum_rows
+
+        return sum_rows(rows, places_TK, kept_TK)
     if kept_TK is None:
         return F.embedding_bag(places_TK, rows, mode="sum")
     # Some tokens at a time, so that no more than about N rows are copied.

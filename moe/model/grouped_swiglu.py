@@ -23,10 +23,12 @@ from moe.dispatch.permutation import (
     unpermute_reference,
     used_rows,
 )
+from moe.model.activation import activate, activate_backward
 from moe.model.products import DENSE, Products, grouped_products
 
 ExpertPath = Literal["loop", "grouped_mm", "reference"]
 _WIDE = 2**18  # elements of a matrix of an expert
+_MOST_GROUPS = 1024  # of torch's grouped GEMM on a GPU
 Weights = Sequence[Tensor]  # w_gate, w_up (E, D, F), w_down (E, F, D); those of one expert have no E
 
 
@@ -36,10 +38,10 @@ def choose_expert_path(weights: Weights) -> ExpertPath:
     On CPU it is `grouped_mm` for narrow experts, whose cost is the number of operations, and `loop` for wide
     ones, whose cost is the products. Measured with 8 to 64 experts of 128 x 256 to 512 x 1,024.
     """
-    _, d_model, d_ff = weights[0].shape
+    num_experts, d_model, d_ff = weights[0].shape
     dtype, width = weights[0].dtype, weights[0].element_size()
     if weights[0].is_cuda:
-        return "grouped_mm" if dtype == torch.bfloat16 else "loop"
+        return "grouped_mm" if dtype == torch.bfloat16 and num_experts <= _MOST_GROUPS else "loop"
     is_taken = dtype == torch.bfloat16 or (dtype == torch.float32 and not torch.compiler.is_compiling())
     is_aligned = d_model * width % 16 == d_ff * width % 16 == 0
     return "grouped_mm" if is_taken and is_aligned and d_model * d_ff < _WIDE else "loop"
@@ -111,10 +113,7 @@ class _SwiGLU(NamedTuple):
         """The two pre-activations (n, F), and the output (n, D)."""
         w_gate, w_up, w_down = self.weights
         gate_nF, up_nF = (self.products.output(rows_nD, weight) for weight in (w_gate, w_up))
-        hidden_nF = F.silu(gate_nF).mul_(up_nF)
-        if scale_n1 is not None:
-            hidden_nF.mul_(scale_n1)
-        return gate_nF, up_nF, self.products.output(hidden_nF, w_down)
+        return gate_nF, up_nF, self.products.output(activate(gate_nF, up_nF, scale_n1), w_down)
 
     def backward(
         self,
@@ -127,17 +126,13 @@ class _SwiGLU(NamedTuple):
         rows_nD, gate_nF, up_nF = kept
         w_gate, w_up, w_down = self.weights
         # 1. Back through w_down, to the product of the two branches.
-        silu_nF = F.silu(gate_nF)
-        hidden_nF, scale_grads_n = silu_nF * up_nF, grad_nD.new_empty(0)
         hidden_grad_nF = self.products.input_grad(grad_nD, w_down)
-        if scale_n1 is not None:
-            scale_grads_n = (hidden_grad_nF * hidden_nF).sum(1, dtype=_at_least_fp32(rows_nD))
-            hidden_nF.mul_(scale_n1)
-            hidden_grad_nF.mul_(scale_n1)
-        down_grad = self.products.weight_grad(hidden_nF, grad_nD, into[2])
         # 2. Through the activation, to the two pre-activations.
-        up_grad_nF = silu_nF.mul_(hidden_grad_nF)
-        gate_grad_nF = torch.ops.aten.silu_backward(hidden_grad_nF.mul_(up_nF), gate_nF)
+        hidden_nF, gate_grad_nF, up_grad_nF, scale_grads_n = activate_backward(
+            gate_nF, up_nF, scale_n1, hidden_grad_nF
+        )
+        down_grad = self.products.weight_grad(hidden_nF, grad_nD, into[2])
+        del hidden_nF
         weight_grads = [self.products.weight_grad(rows_nD, gate_grad_nF, into[0])]
         weight_grads += [self.products.weight_grad(rows_nD, up_grad_nF, into[1]), down_grad]
         # 3. Through w_gate and w_up, to the rows.

@@ -120,10 +120,12 @@ def test_every_token_chooses_clearly(problem):
 
 
 def test_active_flops_are_equal_for_every_top_k():
-    shapes = layer_shapes([8, 16], [64], [1, 2, 4])
+    shapes = layer_shapes([8, 16], [64], [1, 2, 4], 512)
     assert [(shape.num_experts, shape.top_k, shape.d_ff_expert) for shape in shapes] == [
         (8, 1, 2048), (16, 1, 2048), (8, 2, 1024), (16, 2, 1024), (8, 4, 512), (16, 4, 512),
     ]  # fmt: skip
+    (olmoe,) = layer_shapes([64], [64], [8], d_model=2048)
+    assert (olmoe.d_model, olmoe.d_ff_expert) == (2048, 1024)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_active_flops_are_equal_for_every_top_k():
 )
 def test_shapes_that_cannot_be_compared_are_refused(sizes, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
-        layer_shapes(*sizes)
+        layer_shapes(*sizes, 512)
 
 
 def test_a_contender_that_is_not_there_is_refused(monkeypatch):

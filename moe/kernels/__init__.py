@@ -1,0 +1,1 @@
+"""Triton kernels: what eager operations would read and write several times on a GPU."""
