@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.kernels.choice import has_kernels
+from moe.kernels.availability import has_kernels
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def sum_by_token(rows: Tensor, permutation: Permutation) -> Tensor:
     """`unpermute` without gradients: the sum (T, D) of each token's rows, of (N, D)."""
     places_TK, kept_TK = permutation.row_of_assignment, permutation.kept
     if has_kernels(rows):
-        from moe.kernels.row_sums import sum_rows
+        from moe.kernels.row_sum_kernel import sum_rows
 
         return sum_rows(rows, places_TK, kept_TK)
     if kept_TK is None:

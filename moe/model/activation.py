@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.kernels.choice import has_kernels
+from moe.kernels.availability import has_kernels
 
 
 def activate(gate: Tensor, up: Tensor, scale: Tensor | None) -> Tensor:
@@ -25,9 +25,9 @@ def activate(gate: Tensor, up: Tensor, scale: Tensor | None) -> Tensor:
         (N, F), same dtype.
     """
     if has_kernels(gate):
-        from moe.kernels import activation
+        from moe.kernels import activation_kernels
 
-        return activation.activate(gate, up, scale)
+        return activation_kernels.activate(gate, up, scale)
     hidden = F.silu(gate).mul_(up)
     return hidden if scale is None else hidden.mul_(scale)
 
@@ -48,9 +48,9 @@ def activate_backward(
         (N,), in fp32 or the dtype if that is wider; (0,) without a scale.
     """
     if has_kernels(gate):
-        from moe.kernels import activation
+        from moe.kernels import activation_kernels
 
-        return activation.activate_backward(gate, up, scale, hidden_grad)
+        return activation_kernels.activate_backward(gate, up, scale, hidden_grad)
     silu = F.silu(gate)
     hidden, scale_grad = silu * up, gate.new_empty(0)
     if scale is not None:

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moe.dispatch import permutation as permutations
 from moe.dispatch.capacity import plan_with_capacity
 from moe.dispatch.permutation import Permutation, count_assignments, plan_permutation, plan_routed
+from moe.model import activation
 from moe.model.grouped_swiglu import ExpertPath, choose_expert_path, grouped_swiglu, swiglu
 
 # Of the L2 norm of a tensor: a few roundings for each of its elements.
@@ -58,12 +60,21 @@ PATHS: list[tuple[ExpertPath, torch.dtype, tuple[int, int]]] = [
 ]
 
 
+@pytest.fixture(params=["eager", "kernels"])
+def _either_arithmetic(request, monkeypatch):
+    """Eager operations as on a CPU, then the Triton kernels, which the interpreter runs on CPU tensors."""
+    if request.param == "kernels":
+        for module in (activation, permutations):
+            monkeypatch.setattr(module, "has_kernels", lambda values: values.dtype != torch.float64)
+
+
 def output_and_gradients(path: ExpertPath, inputs: list[Tensor], permutation: Permutation, upstream: Tensor):
     tokens, gates, *weights = inputs
     output = grouped_swiglu(tokens, gates, weights, permutation, path)
     return output, *torch.autograd.grad(output, inputs, upstream)
 
 
+@pytest.mark.usefixtures("_either_arithmetic")
 @pytest.mark.parametrize(("path", "dtype", "widths"), PATHS)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_a_fast_path_equals_the_definition_with_every_gradient(path, dtype, widths, routing):
@@ -104,6 +115,7 @@ def test_the_definition_is_the_sum_over_choices_of_gate_times_expert():
         torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.usefixtures("_either_arithmetic")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_dense_block_equals_its_formula_with_every_gradient(dtype):
     torch.manual_seed(0)
@@ -169,3 +181,11 @@ def test_the_path_fits_device_dtype_and_widths(device, dtype, widths, path):
     with FakeTensorMode():
         weight = torch.empty(2, *widths, dtype=dtype, device=device)
     assert choose_expert_path((weight, weight, weight.transpose(1, 2))) == path
+
+
+@pytest.mark.parametrize(("num_experts", "path"), [(1024, "grouped_mm"), (1025, "loop")])
+def test_a_gpu_gets_no_more_groups_than_its_grouped_gemm_takes(num_experts, path):
+    """CUTLASS in torch 2.11 says "Can't process more than 1024 groups"."""
+    with FakeTensorMode():
+        weight = torch.empty(num_experts, 16, 16, dtype=torch.bfloat16, device="cuda")
+    assert choose_expert_path((weight, weight, weight)) == path
