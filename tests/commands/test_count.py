@@ -69,6 +69,9 @@ def test_on_gpus_it_adds_cost_and_placements(capsys):
     record = json.loads(run(capsys, config, *options, "--json")[1])
     flops = 5e12 * record["flops_per_token_train"]
     assert record["cost"]["device_hours"] == pytest.approx(flops / (0.4 * 989e12) / 3600)
+    days = flops / (0.4 * 989e12) / 3600 / 24 / 8
+    (printed,) = [line.split()[1] for line in out.splitlines() if line.split()[:1] == ["days"]]
+    assert float(printed) == pytest.approx(days, rel=0.01)
     assert record["placements"][0]["fits"]
     assert [place["ep_size"] for place in record["placements"] if place["yours"]] == [1]
 

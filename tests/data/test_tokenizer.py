@@ -1,5 +1,7 @@
 """Any tokenizer.json: its end token, its gaps, and what of it is not applied."""
 
+import random
+
 import numpy as np
 import pytest
 import tokenizers
@@ -33,6 +35,19 @@ def test_a_vocabulary_with_gaps_gets_the_rows_of_its_largest_id(tmp_path, text_f
     assert vocabulary_size(prepared.tokenizer) == 70001
     assert set(prepared.train.tolist()) == {0, 900, 70000}
     assert prepared.train.dtype == np.uint32
+
+
+def test_a_tokenizer_is_trained_on_training_text_only(tmp_path):
+    """The last documents of one text file are validation text: a word that is only there stays in pieces."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=7)) for _ in range(4000)]
+    (tmp_path / "text.txt").write_text(" ".join(words) + " zyxwv" * 250)
+    prepared = prepare_corpus(
+        corpus_config(tmp_path / "c", source=str(tmp_path / "text.txt"), tokenizer="bpe:300")
+    )
+    assert prepared.tokenizer.decode(prepared.validation.tolist()).count("zyxwv") == 250
+    assert "zyxwv" not in prepared.tokenizer.decode(prepared.train.tolist())
+    assert len(prepared.tokenizer.encode("zyxwv").ids) == 5
 
 
 def test_any_tokenizer_json_can_be_used_and_its_end_token_named(tmp_path, text_file):

@@ -70,6 +70,17 @@ def test_sampling_follows_the_probabilities():
     torch.testing.assert_close(shares, torch.tensor([0.7, 0.2, 0.1]), rtol=0, atol=0.03)
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.999])
+def test_the_temperature_is_a_power_of_the_probabilities(top_p):
+    """At temperature 2 they go with their square roots: 0.64, 0.32 and 0.04 as 0.8, 0.57 and 0.2."""
+    logits, sampling = torch.tensor([0.64, 0.32, 0.04]).log(), replace(SAMPLING, temperature=2.0, top_p=top_p)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([choose_token(logits, sampling, generator) for _ in range(4000)])
+    roots = torch.tensor([0.8, 0.5657, 0.2])
+    shares = torch.bincount(drawn, minlength=3) / 4000
+    torch.testing.assert_close(shares, roots / roots.sum(), rtol=0, atol=0.03)
+
+
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [

@@ -1,5 +1,7 @@
 """Which experts the router picks, and with what weights."""
 
+import math
+
 import pytest
 import torch
 
@@ -55,6 +57,21 @@ def test_the_router_computes_in_fp32_under_bf16():
     assert {out.router_logits.dtype, out.router_probs.dtype, out.gate_weights.dtype} == {torch.float32}
     expected = hidden.double() @ router.weight.double().T
     torch.testing.assert_close(out.router_logits.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.router_probs.double(), expected.softmax(1), rtol=1e-5, atol=1e-6)
+    best = expected.softmax(1).topk(2).values
+    gates = best / best.sum(1, keepdim=True)
+    torch.testing.assert_close(out.gate_weights.double(), gates, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_that_bf16_cannot_tell_apart_are_told_apart_under_bf16():
+    """8 + 2^-7 and 8 are the same number in bf16; as products of bf16 numbers, fp32 has both exactly."""
+    router = Router(2, 3, 1, normalize_gate_weights=False).to(torch.bfloat16)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[8.0, 0.0], [8.0, 2.0**-7], [0.0, 0.0]]))
+    out = router(torch.ones(1, 2, dtype=torch.bfloat16))
+    assert out.expert_indices.tolist() == [[1]]
+    odds = out.router_probs[0, 1] / out.router_probs[0, 0]
+    assert odds.item() == pytest.approx(math.exp(2.0**-7), rel=1e-5)
 
 
 def test_exact_ties_still_choose_distinct_experts():

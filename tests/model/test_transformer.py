@@ -129,6 +129,20 @@ def test_the_gpu_models_forward_meets_no_device_dtype_or_sync_error_on_fake_cuda
     assert sum(p.numel() for p in model.parameters()) == count_parameters(config).total
 
 
+@pytest.mark.parametrize("theta", [100.0, 1e6])
+def test_the_rotary_angles_are_those_of_the_configured_theta(theta):
+    """Position times theta^(-2 i / Q): a model of another theta with the same weights says something else."""
+    model, tokens = make_model(model={"rope_theta": theta}), torch.arange(20).unsqueeze(0)
+    seen = []
+    block_of(model, 0).register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
+    logits = model(tokens).logits
+    assert not torch.allclose(logits, make_model()(tokens).logits, atol=1e-4)
+    [(cosines, sines)] = seen
+    angles = [[position * theta ** (-2 * i / 8) for i in range(4)] for position in range(20)]
+    torch.testing.assert_close(cosines, torch.tensor(angles).cos())
+    torch.testing.assert_close(sines, torch.tensor(angles).sin())
+
+
 def test_fake_cuda_would_notice_a_host_sync():
     with FakeTensorMode(), torch.no_grad():
         model = on_fake_cuda(lambda: Transformer(parse_config(SMALL), expert_path="loop"), torch.bfloat16)

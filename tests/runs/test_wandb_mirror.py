@@ -1,6 +1,7 @@
 """The mirror on Weights & Biases: whatever it does, training goes on."""
 
 import json
+import subprocess
 import sys
 import time
 import types
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.paths import ROOT
 from tests.support.runs import read_lines
 
 
@@ -68,6 +70,23 @@ def test_a_blocking_wandb_never_blocks_the_run(run_main, monkeypatch):
     start = time.perf_counter()
     assert run_main("train.steps=3", "log.wandb=online")[0] == 0
     assert time.perf_counter() - start < 20
+
+
+def test_a_blocking_wandb_does_not_keep_the_process_alive(tmp_path):
+    script = """
+import sys, time, types
+sys.modules["wandb"] = types.SimpleNamespace(
+    api=types.SimpleNamespace(api_key="key"), Settings=dict, init=lambda **_: time.sleep(600)
+)
+from pathlib import Path
+from moe.config import Config
+from moe.runs import wandb_mirror
+wandb_mirror._PATIENCE_S = 0.1
+mirror = wandb_mirror.WandbMirror(Config(log={"wandb": "online"}), Path(sys.argv[1]))
+mirror.write({"step": 1})
+mirror.close()
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60, cwd=ROOT)
 
 
 def test_wandb_gets_every_line_under_its_step(run_main, monkeypatch):

@@ -1,6 +1,7 @@
 """Whole runs of train.py on several topologies: one and the same run."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def runs(small, tmp_path_factory):
     overrides = [
         *small, f"train.steps={STEPS}", "train.global_batch_size=16", "train.eval_interval=15",
         f"train.checkpoint_interval={STEPS}", "optim.warmup_steps=10", "optim.grad_clip=0.3",
+        "cost.peak_flops=1e12",
     ]  # fmt: skip
     train_topologies([REFERENCE, *OTHERS], overrides, folder)
     return folder
@@ -72,6 +74,16 @@ def test_bytes_are_counted_where_experts_are_split_and_nowhere_else(runs):
     for topology in (REFERENCE, *OTHERS):
         sent = {line["comm/dispatch_bytes"] > 0 for line in lines_of(runs, topology) if "loss/lm" in line}
         assert sent == {topology[1] > 1}, topology
+
+
+@pytest.mark.slow
+def test_the_utilisation_is_that_of_all_ranks_together(runs):
+    for topology in (REFERENCE, *OTHERS):
+        run = runs / "-".join(map(str, topology))
+        flops = json.loads((run / "summary.json").read_text())["flops_per_token"]
+        line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-2])
+        per_rank = line["perf/tokens_per_s"] * flops / topology[0]
+        assert line["perf/mfu"] == pytest.approx(per_rank / 1e12), topology
 
 
 def build(parallel, **sections):

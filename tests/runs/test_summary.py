@@ -1,0 +1,24 @@
+"""summary.json: what of the logged lines is in it."""
+
+from moe.accounting.counts import count_parameters
+from moe.config import Config
+from moe.runs.summary import summarize
+
+
+def test_the_final_losses_are_the_last_ones_not_the_best():
+    config = Config(model={"vocab_size": 300})
+    lines = [
+        {"step": 10, "tokens": 640, "loss/lm": 3.0, "perf/step_s": 0.5},
+        {"step": 10, "tokens": 640, "eval/loss": 3.5, "eval/bits_per_byte": 2.5},
+        {"step": 20, "tokens": 1280, "loss/lm": 2.0, "perf/step_s": 1.5},
+        {"step": 20, "tokens": 1280, "eval/loss": 4.5, "eval/bits_per_byte": 3.25},
+    ]
+    spent = {"wall_s": 30.0, "device_s": 60.0}
+    summary = summarize(config, count_parameters(config), lines, spent, None)
+    assert summary["final_train_loss"] == 2.0
+    assert summary["final_eval_loss"] == 4.5
+    assert summary["final_bits_per_byte"] == 3.25
+    assert summary["tokens"] == 1280
+    assert summary["wall_s"] == 30.0
+    assert summary["tokens_per_s"] == 64.0  # tokens a step over the mean of its seconds
+    assert summary["cost"]["device_hours"] == 60 / 3600
