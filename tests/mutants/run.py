@@ -3,8 +3,8 @@
     python -m tests.mutants.run record        which tests run which lines: the suite once, under coverage
     python -m tests.mutants.run [NAME ...]    plant all bugs, or these; what has a result is not run again
 
-Each bug is planted in a copy of the tree. There the tests that run the changed lines are run, fast ones first,
-until one fails. All is kept in `.mutants/`; remove `results.jsonl` there to start again.
+Each bug is planted in a copy of the tree. There the tests that run the changed lines are run, fast ones
+first, until one fails. All is kept in `.mutants/`; remove `results.jsonl` there to start again.
 """
 
 import argparse
