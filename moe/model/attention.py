@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
+from moe.model.products import Linear
 
 NORM_EPS = 1e-5
 
@@ -54,10 +55,10 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig):
         super().__init__()
         self.head_dim = model.head_dim
-        self.query = nn.Linear(model.d_model, model.n_heads * model.head_dim, bias=False)
-        self.key = nn.Linear(model.d_model, model.n_kv_heads * model.head_dim, bias=False)
-        self.value = nn.Linear(model.d_model, model.n_kv_heads * model.head_dim, bias=False)
-        self.output = nn.Linear(model.n_heads * model.head_dim, model.d_model, bias=False)
+        self.query = Linear(model.d_model, model.n_heads * model.head_dim)
+        self.key = Linear(model.d_model, model.n_kv_heads * model.head_dim)
+        self.value = Linear(model.d_model, model.n_kv_heads * model.head_dim)
+        self.output = Linear(model.n_heads * model.head_dim, model.d_model)
         together = (1, 1) if model.qk_norm_scope == "head" else (model.n_heads, model.n_kv_heads)
         self.query_norm, self.key_norm = (
             nn.RMSNorm(heads * model.head_dim, NORM_EPS) if model.qk_norm else None for heads in together

@@ -59,5 +59,5 @@ class GroupedExperts(nn.Module):
             (M, D), same dtype.
         """
         weights = (self.w_gate, self.w_up, self.w_down)
-        path: ExpertPath = self.path or choose_expert_path(weights)
+        path: ExpertPath = self.path or choose_expert_path(weights, len(permutation.assignment_of_row))
         return grouped_swiglu(tokens, gate_weights, weights, permutation, path)

@@ -27,24 +27,28 @@ from moe.model.activation import activate, activate_backward
 from moe.model.products import DENSE, Products, grouped_products
 
 ExpertPath = Literal["loop", "grouped_mm", "reference"]
-_WIDE = 2**18  # elements of a matrix of an expert
+_WORK_OF_EXPERT = 2**22  # rows times elements of a matrix, for each thread
 _MOST_GROUPS = 1024  # of torch's grouped GEMM on a GPU
 Weights = Sequence[Tensor]  # w_gate, w_up (E, D, F), w_down (E, F, D); those of one expert have no E
 
 
-def choose_expert_path(weights: Weights) -> ExpertPath:
-    """The fastest path for these weights' device, dtype and widths; see `grouped_swiglu`.
+def choose_expert_path(weights: Weights, num_rows: int) -> ExpertPath:
+    """The faster path for these weights and this number of rows; see `grouped_swiglu`.
 
-    On CPU it is `grouped_mm` for narrow experts, whose cost is the number of operations, and `loop` for wide
-    ones, whose cost is the products. Measured with 8 to 64 experts of 128 x 256 to 512 x 1,024.
+    In fp32 on a CPU, `loop` has the faster products and `grouped_mm` fewer operations, so what counts is the
+    work of an expert on a thread. Measured on a Zen 5 with 1 and 2 threads, 8 to 64 experts of 128 x 64 to
+    256 x 512 and 2,048 to 16,384 rows.
     """
     num_experts, d_model, d_ff = weights[0].shape
     dtype, width = weights[0].dtype, weights[0].element_size()
-    if weights[0].is_cuda:
-        return "grouped_mm" if dtype == torch.bfloat16 and num_experts <= _MOST_GROUPS else "loop"
-    is_taken = dtype == torch.bfloat16 or (dtype == torch.float32 and not torch.compiler.is_compiling())
-    is_aligned = d_model * width % 16 == d_ff * width % 16 == 0
-    return "grouped_mm" if is_taken and is_aligned and d_model * d_ff < _WIDE else "loop"
+    if d_model * width % 16 or d_ff * width % 16 or num_experts > _MOST_GROUPS:
+        return "loop"
+    if dtype == torch.bfloat16:
+        return "grouped_mm"
+    if dtype != torch.float32 or weights[0].is_cuda or torch.compiler.is_compiling():
+        return "loop"
+    is_little = num_rows * d_model * d_ff < _WORK_OF_EXPERT * num_experts * torch.get_num_threads()
+    return "grouped_mm" if is_little else "loop"
 
 
 def grouped_swiglu(

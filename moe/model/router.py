@@ -4,10 +4,10 @@ Shape suffixes: T tokens, K experts per token, E experts, D d_model.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.dispatch.interface import RouterOutput
+from moe.model.products import linear
 
 
 class Router(nn.Module):
@@ -40,7 +40,7 @@ class Router(nn.Module):
             hidden: (T, D), any float type.
         """
         dtype = torch.promote_types(hidden.dtype, torch.float32)  # fp64 stays, for gradient checks
-        logits_TE = F.linear(hidden.to(dtype), self.weight.to(dtype))
+        logits_TE = linear(hidden.to(dtype), self.weight.to(dtype))
         probs_TE = logits_TE.softmax(dim=1)
         gate_weights_TK, expert_indices_TK = probs_TE.topk(self.top_k, dim=1)
         if self.normalize_gate_weights:

@@ -6,7 +6,6 @@ Shape suffixes: B sequences, S positions, D d_model, V vocabulary.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +17,7 @@ from moe.model.experts import SwiGLU
 from moe.model.grouped_swiglu import ExpertPath
 from moe.model.initialization import init_weights
 from moe.model.moe_layer import MoEAux, MoELayer
+from moe.model.products import Linear, linear
 
 
 class TransformerOutput(NamedTuple):
@@ -78,7 +78,7 @@ class Transformer(nn.Module):
             Block(config, layer, dispatcher, expert_path) for layer in range(model.n_layers)
         )
         self.final_norm = nn.RMSNorm(model.d_model, NORM_EPS)
-        self.head = None if model.tie_embeddings else nn.Linear(model.d_model, config.vocab_size, bias=False)
+        self.head = None if model.tie_embeddings else Linear(model.d_model, config.vocab_size)
         init_weights(self, config.run.seed)
 
     def forward(self, tokens: Tensor) -> TransformerOutput:
@@ -99,6 +99,6 @@ class Transformer(nn.Module):
             if aux is not None:
                 reports.append(aux)
         head = self.embedding.weight if self.head is None else self.head.weight
-        logits_BSV = F.linear(self.final_norm(hidden_BSD), head)
+        logits_BSV = linear(self.final_norm(hidden_BSD), head)
         stacked = MoEAux(*(torch.stack(field) for field in zip(*reports, strict=True))) if reports else None
         return TransformerOutput(logits_BSV, stacked)

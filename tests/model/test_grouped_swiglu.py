@@ -166,21 +166,23 @@ def test_an_expanded_gradient_is_accepted():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "widths", "path"),
+    ("device", "dtype", "widths", "rows", "path"),
     [
-        ("cpu", torch.float32, (128, 256), "grouped_mm"),
-        ("cpu", torch.float32, (512, 1024), "loop"),
-        ("cpu", torch.float32, (128, 341), "loop"),
-        ("cpu", torch.bfloat16, (128, 256), "grouped_mm"),
-        ("cpu", torch.float64, (128, 256), "loop"),
-        ("cuda", torch.bfloat16, (512, 1024), "grouped_mm"),
-        ("cuda", torch.float32, (128, 256), "loop"),
+        ("cpu", torch.float32, (128, 256), 2 * 2**7, "loop"),  # 2^22 products for each of two experts
+        ("cpu", torch.float32, (128, 256), 2 * 2**7 - 2, "grouped_mm"),
+        ("cpu", torch.float32, (128, 341), 2, "loop"),  # no multiple of 16 bytes
+        ("cpu", torch.bfloat16, (512, 1024), 4096, "grouped_mm"),
+        ("cpu", torch.bfloat16, (128, 340), 2, "loop"),
+        ("cpu", torch.float64, (128, 256), 2, "loop"),
+        ("cuda", torch.bfloat16, (512, 1024), 4096, "grouped_mm"),
+        ("cuda", torch.float32, (128, 256), 2, "loop"),
     ],
 )
-def test_the_path_fits_device_dtype_and_widths(device, dtype, widths, path):
+def test_the_path_fits_device_dtype_widths_and_rows(device, dtype, widths, rows, path):
+    assert torch.get_num_threads() == 1
     with FakeTensorMode():
         weight = torch.empty(2, *widths, dtype=dtype, device=device)
-    assert choose_expert_path((weight, weight, weight.transpose(1, 2))) == path
+    assert choose_expert_path((weight, weight, weight.transpose(1, 2)), rows) == path
 
 
 @pytest.mark.parametrize(("num_experts", "path"), [(1024, "grouped_mm"), (1025, "loop")])
@@ -188,4 +190,4 @@ def test_a_gpu_gets_no_more_groups_than_its_grouped_gemm_takes(num_experts, path
     """CUTLASS in torch 2.11 says "Can't process more than 1024 groups"."""
     with FakeTensorMode():
         weight = torch.empty(num_experts, 16, 16, dtype=torch.bfloat16, device="cuda")
-    assert choose_expert_path((weight, weight, weight)) == path
+    assert choose_expert_path((weight, weight, weight), 2048) == path
