@@ -177,9 +177,9 @@ def test_files_and_functions_are_short(path):
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_test_imports_another_test_module_or_conftest(path):
-    """What several need is in tests/support."""
+    """What several need is in tests/support; tests/mutants is a program, and its test."""
     modules = {module_of(other) for other in TESTS} - {"tests"}
-    shared = {module for module in modules if module.startswith("tests.support")}
+    shared = {module for module in modules if module.startswith(("tests.support", "tests.mutants"))}
     packages = {".".join(module.split(".")[:-1]) for module in modules}
     for name in names_imported(path):
         if name.split(".")[0] == "tests" and name not in packages:
@@ -188,4 +188,4 @@ def test_no_test_imports_another_test_module_or_conftest(path):
 
 def test_the_folders_of_tests_are_those_of_the_wings_the_commands_and_what_is_shared():
     folders = {path.name for path in (ROOT / "tests").iterdir() if (path / "__init__.py").exists()}
-    assert folders == {*WINGS, "commands", "support"}
+    assert folders == {*WINGS, "commands", "mutants", "support"}
