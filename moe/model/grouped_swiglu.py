@@ -93,7 +93,9 @@ def grouped_swiglu_reference(
 
 
 def swiglu(hidden: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """`(silu(x w_gate) * (x w_up)) w_down` (Shazeer 2020, GLU Variants, eq. 6), by the products of `loop`.
+    """`(silu(x w_gate) * (x w_up)) w_down` (Shazeer 2020, GLU Variants, eq. 6).
+
+    In training it uses the products of `loop`, without gradients PyTorch's; see `products.linear`.
 
     Args:
         hidden: (..., D), any float type.
@@ -104,6 +106,8 @@ def swiglu(hidden: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tens
     Returns:
         (..., D), same dtype.
     """
+    if not torch.is_grad_enabled():
+        return (F.silu(hidden @ w_gate) * (hidden @ w_up)) @ w_down
     return _Dense.apply(hidden.reshape(-1, hidden.shape[-1]), w_gate, w_up, w_down).view(hidden.shape)
 
 

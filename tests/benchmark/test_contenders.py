@@ -137,8 +137,9 @@ def test_active_flops_are_equal_for_every_top_k():
     ],
 )
 def test_shapes_that_cannot_be_compared_are_refused(sizes, message):
+    experts, tokens, top_ks = sizes
     with pytest.raises(ConfigError, match=f"^{message}"):
-        layer_shapes(*sizes, 512)
+        layer_shapes(experts, tokens, top_ks, 512)
 
 
 def test_a_contender_that_is_not_there_is_refused(monkeypatch):

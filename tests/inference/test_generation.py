@@ -1,9 +1,11 @@
 """How a model extends a text."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.config import ConfigError
 from moe.inference.generation import Sampling, choose_token, generate_tokens
@@ -45,6 +47,30 @@ def test_a_context_longer_than_the_model_is_cut_from_the_left():
     prompt = torch.randint(0, 50, (40,))
     cut = generate_tokens(model, prompt[-16:], SAMPLING)
     assert torch.equal(generate_tokens(model, prompt, SAMPLING)[40:], cut[16:])
+
+
+class _Operations(TorchDispatchMode):
+    """Names of the operations that run meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("moe", [{}, {"num_experts": 1, "top_k": 1}])
+def test_no_product_keeps_memory_for_each_length_of_text(moe):
+    """As those of oneDNN do, which training uses: half a MiB for every new number of rows."""
+    model = make_model(moe=moe)
+    with _Operations() as generating:
+        generate_tokens(model, PROMPT, SAMPLING)
+    with _Operations() as training:
+        model(PROMPT[None]).logits.sum().backward()
+    assert not [name for name in generating.names if "mkldnn" in name]
+    assert [name for name in training.names if "mkldnn" in name]
 
 
 def test_every_token_is_the_one_that_the_ranks_agree_on():

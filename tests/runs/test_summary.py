@@ -1,12 +1,12 @@
 """summary.json: what of the logged lines is in it."""
 
 from moe.accounting.counts import count_parameters
-from moe.config import Config
+from moe.config import parse_config
 from moe.runs.summary import summarize
 
 
 def test_the_final_losses_are_the_last_ones_not_the_best():
-    config = Config(model={"vocab_size": 300})
+    config = parse_config({"model": {"vocab_size": 300}})
     lines = [
         {"step": 10, "tokens": 640, "loss/lm": 3.0, "perf/step_s": 0.5},
         {"step": 10, "tokens": 640, "eval/loss": 3.5, "eval/bits_per_byte": 2.5},
