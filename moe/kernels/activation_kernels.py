@@ -3,6 +3,9 @@
 Shape suffixes: N rows, F hidden width.
 """
 
+# Triton annotates arguments as the inside of a kernel sees them.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

@@ -3,6 +3,9 @@
 Shape suffixes: T tokens, K choices per token, N rows, D d_model.
 """
 
+# Triton annotates arguments as the inside of a kernel sees them.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
