@@ -2,7 +2,7 @@
 
 The peak is either in the forward and backward pass, with the activations, or in the update, with its copy of
 the gradients. Python, the libraries and freed memory that stays with the process are not included, nor what
-oneDNN keeps on a CPU for every number of rows that it has met: half a MiB each, at most 0.5 GiB.
+oneDNN keeps on a CPU for every number of rows that it has met: half a MiB each, by default at most 1,024.
 """
 
 from dataclasses import asdict, dataclass

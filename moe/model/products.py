@@ -40,7 +40,7 @@ _onednn: Any = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_av
 
 
 def _is_for_onednn(x: Tensor) -> bool:
-    """In fp32 on CPUs of AMD it is up to twice as fast as torch.mm, which is MKL's."""
+    """Whether oneDNN multiplies it: in fp32 on a CPU, where on AMD it is up to twice as fast as MKL's torch.mm."""
     plain = x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling()
     return _onednn is not None and not plain and x.numel() > 0
 
@@ -51,6 +51,7 @@ def _times_transposed(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def _weight_grad(x: Tensor, y_grad: Tensor, out: Tensor | None) -> Tensor:
+    """`x.t() @ y_grad`, contiguous; in `out` if there is one."""
     if not _is_for_onednn(x):
         return torch.mm(x.t(), y_grad, out=out)
     # oneDNN copies its transposed first argument, so that is the narrower one.
