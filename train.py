@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 # A thread that waits for work spins this often before it sleeps (GNU OpenMP, which reads it when torch is
-# imported). By its own default a run beside two others took 8.9 s a step, with this 0.8; alone, this costs 2 %.
+# imported). By its own default a run beside two others took 8.9 s a step, with this 0.8; alone it costs 2 %.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
