@@ -40,7 +40,7 @@ _onednn: Any = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_av
 
 
 def _is_for_onednn(x: Tensor) -> bool:
-    """Whether oneDNN multiplies it: in fp32 on a CPU. On AMD it is up to twice as fast as torch.mm, by MKL."""
+    """Whether oneDNN multiplies it: in fp32 on a CPU. On AMD that is up to twice as fast as MKL."""
     plain = x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling()
     return _onednn is not None and not plain and x.numel() > 0
 

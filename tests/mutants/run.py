@@ -123,7 +123,7 @@ def _run_tests(tests: list[str], copy: Path) -> tuple[str, str]:
     arguments.write_text("\n".join(tests), encoding="utf-8")
     # Each copy of the tree before the installed one, for the processes that tests start as well.
     environment = os.environ | {"PYTHONPATH": str(copy), "MUTANTS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    options = "-x -q -n 0 -p no:cacheprovider".split()
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, f"@{arguments}"]
     process = subprocess.Popen(
         command, cwd=copy, env=environment, text=True, start_new_session=True,
