@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.support.paths import ROOT
 
 _SOURCES = ("moe", "scripts", "train.py")
+_CONFIG = ROOT / "tests/mutants/coverage.ini"
 
 
 class CoverageMap:
@@ -27,52 +28,80 @@ class CoverageMap:
         self._tests, self._lines = list(self.seconds), content["lines"]
 
     def tests_of(self, file: str, lines: Iterable[int]) -> list[str]:
-        """The tests that run any of these lines, fast ones first."""
-        of_file = self._lines.get(file, {})
+        """The tests that run any of these lines, fast ones first.
+
+        Lines that run at import alone, such as a constant, belong to all tests that run the file.
+        """
+        of_file: dict[str, list[int]] = self._lines.get(file, {})
         places = {place for line in lines for place in of_file.get(str(line), [])}
+        places = places or {place for of_line in of_file.values() for place in of_line}
         return sorted((self._tests[place] for place in places), key=lambda test: self.seconds[test])
 
 
 def record(path: Path) -> None:
-    """Run the whole suite under coverage, and write the map.
-
-    Raises:
-        RuntimeError: a test fails, so nothing can be said about planted bugs.
-    """
-    import coverage
-
+    """Run the whole suite under coverage, and write the map, of the tests that pass."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data, junit = path.with_name("coverage.db"), path.with_name("junit.xml")
     command = [sys.executable, "-m", "pytest", "-q", "--cov-context=test", f"--junitxml={junit}"]
     command += [f"--cov={source.removesuffix('.py')}" for source in _SOURCES]
-    command += ["--cov-report=", f"--cov-config={ROOT / 'tests/mutants/coverage.ini'}"]
+    command += ["--cov-report=", f"--cov-config={_CONFIG}", "-p", __name__]
     environment = os.environ | {"COVERAGE_FILE": str(data), "PYTHONPATH": str(ROOT)}
-    if subprocess.run(command, cwd=ROOT, env=environment).returncode:
-        raise RuntimeError("the suite has to pass before bugs are planted")
+    subprocess.run(command, cwd=ROOT, env=environment)
     seconds = _seconds(junit)
-    places = {test: place for place, test in enumerate(seconds)}
-    measured, lines = coverage.CoverageData(str(data)), {}
-    measured.read()
-    for file in sorted(measured.measured_files()):
-        if not file.startswith(f"{ROOT}/"):
-            continue
-        of_file = {}
+    path.write_text(json.dumps({"seconds": seconds, "lines": _lines(data, list(seconds))}), encoding="utf-8")
+
+
+def _lines(data: Path, tests: list[str]) -> dict[str, dict[int, list[int]]]:
+    """Of each file, the places in `tests` of those that run a line."""
+    import coverage
+
+    measured = coverage.CoverageData(no_disk=True)
+    for part in data.parent.glob(f"{data.name}*"):  # processes that end late leave files of their own
+        content = coverage.CoverageData(str(part))
+        content.read()
+        measured.update(content)
+    places = {test: place for place, test in enumerate(tests)}
+    of_module: dict[str, list[str]] = {}
+    for test in tests:
+        of_module.setdefault(test.partition("::")[0], []).append(test)
+    lines = {}
+    for file in filter(lambda name: name.startswith(f"{ROOT}/"), sorted(measured.measured_files())):
+        of_file = lines[file.removeprefix(f"{ROOT}/")] = {}
         for line, contexts in measured.contexts_by_lineno(file).items():
-            tests = {_test_of(context) for context in contexts} & places.keys()
-            if tests:
-                of_file[line] = sorted(places[test] for test in tests)
-        lines[file.removeprefix(f"{ROOT}/")] = of_file
-    path.write_text(json.dumps({"seconds": seconds, "lines": lines}), encoding="utf-8")
+            names = {test for context in contexts for test in _tests_of(context, of_module)}
+            if found := sorted(places[name] for name in names & places.keys()):
+                of_file[line] = found
+    return lines
 
 
-def _test_of(context: str) -> str:
-    """`tests/x.py::test|call` of pytest-cov, or `tests/x.py::test (call)` of PYTEST_CURRENT_TEST."""
-    return re.sub(r"(\|\w+| \(\w+\))$", "", context)
+def pytest_runtest_setup() -> None:
+    """Let coverage start in every process that a test starts; `record` makes this module a pytest plugin."""
+    os.environ["COVERAGE_PROCESS_START"] = str(_CONFIG)
+
+
+def _tests_of(context: str, of_module: dict[str, list[str]]) -> list[str]:
+    """The tests of `tests/x.py::test|call` (pytest-cov) or `tests/x.py::test (call)` (PYTEST_CURRENT_TEST).
+
+    What a setup runs may be a fixture that all tests of the module share.
+    """
+    match = re.fullmatch(r"(.*?)(?:\|| \()(setup|run|call|teardown)\)?", context, re.DOTALL)
+    if match is None:
+        return []
+    test = _without_group(match[1])
+    return of_module.get(test.partition("::")[0], []) if match[2] == "setup" else [test]
+
+
+def _without_group(test: str) -> str:
+    """pytest-xdist puts `@group` behind the names of grouped tests; without workers they go without."""
+    return re.sub(r"@\w+$", "", test)
 
 
 def _seconds(junit: Path) -> dict[str, float]:
-    cases = ElementTree.parse(junit).iter("testcase")
+    """How long each test took that passed."""
     return {
-        f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}": float(case.attrib["time"])
-        for case in cases
+        _without_group(f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}"): float(
+            case.attrib["time"]
+        )
+        for case in ElementTree.parse(junit).iter("testcase")
+        if case.find("failure") is None and case.find("error") is None
     }

@@ -139,6 +139,8 @@ def _run_tests(tests: list[str], copy: Path) -> tuple[str, str]:
             process.wait()
     if process.returncode == 0:
         return "survived", ""
+    if process.returncode not in (1, 2):  # a test failed, or could not be imported
+        raise RuntimeError(f"pytest ended with {process.returncode}: {printed[-1000:]}")
     first = re.search(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE)
     return "caught", first.group(1) if first else printed[-300:]
 
