@@ -27,9 +27,10 @@ from moe.accounting.counts import count_parameters
 from moe.accounting.gpus import find_gpu
 from moe.checkpoint.reading import Checkpoint, newest_checkpoint
 from moe.checkpoint.saving import save_checkpoint, set_aside_newer
-from moe.config import Config, ConfigError, RunError, dump_config, load_config
+from moe.config import Config, ConfigError, RunError, changed, dump_config, load_config
 from moe.config.command_line import DONE, INTERRUPTED, OneLineParser, command
 from moe.config.reference import help_text
+from moe.data.amounts import warnings
 from moe.data.samples import read_samples, samples_of_step
 from moe.data.token_cache import TokenizedCorpus, prepare_corpus
 from moe.data.tokenizer import vocabulary_size
@@ -45,9 +46,9 @@ from moe.runs.environment import check_compiler, describe_environment
 from moe.runs.loss_plot import plot_losses
 from moe.runs.metrics_log import read_metrics
 from moe.runs.progress import Progress
-from moe.runs.resuming import all_damaged, open_run
+from moe.runs.resuming import all_damaged, open_run, with_recorded_revisions
 from moe.runs.run_folder import RunFolder
-from moe.runs.summary import overview, summarize
+from moe.runs.summary import overfitting, overview, summarize
 from moe.training.engine import Engine, start
 from moe.training.evaluation import evaluate
 from moe.training.loss import training_loss
@@ -125,8 +126,8 @@ def prepare(config: Config) -> Run:
     config.accumulation_steps(world_size())
     Topology(world_size(), config.parallel.ep_size)
     check_compiler(config)
-    corpus = prepare_corpus(config)
-    config = config.resolve(vocabulary_size(corpus.tokenizer))
+    corpus = prepare_corpus(with_recorded_revisions(config, folder))
+    config = changed(config, corpus.revisions).resolve(vocabulary_size(corpus.tokenizer))
     world = start(config.parallel)
     check_same_on_all_ranks(config, corpus)
     return Run(config, folder, corpus, world, is_finished=on_all_ranks(folder.summary.exists)[0])
@@ -150,6 +151,8 @@ def build(run: Run) -> Engine:
     config, world, device = run.config, run.world, run.world.device.type
     world.print(f"{run.folder.path}: {len(run.corpus.train):,} training tokens, {world.size} x {device}")
     world.print(overview(config, run.counts, world.size, device))
+    for warning in warnings(config, len(run.corpus.train), len(run.corpus.validation.tokens)):
+        world.print(f"warning: {warning}", file=sys.stderr)
     model = Transformer(config, choose_dispatcher(world.groups, config.parallel))
     if config.train.compile:
         for block in model.blocks:
@@ -237,6 +240,8 @@ def finish(run: Run, engine: Engine) -> None:
         folder.sample.write_text(samples, encoding="utf-8")
         folder.finish(summary)
         print(json.dumps(summary, indent=1))
+        if warning := overfitting(metrics):
+            print(f"warning: {warning}", file=sys.stderr)
         print(f"see {folder.loss_plot} and {folder.sample}; to write more: scripts/generate.py {folder.path}")
 
 

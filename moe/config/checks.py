@@ -1,5 +1,7 @@
 """Checks that involve several keys of the configuration, each with the key to change and the fix."""
 
+import codecs
+import re
 from collections.abc import Iterator
 
 from moe.config.sections import DataConfig, ModelConfig, MoEConfig, OptimConfig, ParallelConfig, TrainConfig
@@ -20,6 +22,20 @@ def model_conflicts(model: ModelConfig, data: DataConfig) -> Iterator[Conflict]:
     if data.seq_len > model.max_seq_len:
         problem = f"{data.seq_len} is longer than model.max_seq_len ({model.max_seq_len})"
         yield "data.seq_len", f"{problem}; raise that"
+
+
+def data_conflicts(data: DataConfig) -> Iterator[Conflict]:
+    """Encodings that Python does not know, and validation text that is missing or has no usable name."""
+    try:
+        codecs.lookup(data.encoding)
+    except LookupError:
+        yield "data.encoding", f"{data.encoding!r} is no encoding that Python knows; give one such as utf-8"
+    if data.validation is None and data.validation_share == 0:
+        yield "data.validation_share", "0 leaves no text to evaluate on; raise it or set data.validation"
+    for name in data.extra_validation:
+        if not re.fullmatch(r"[\w-]+", name) or name in ("train", "validation", "loss", "bits_per_byte"):
+            problem = f"{name!r} cannot name a validation text"
+            yield "data.extra_validation", f"{problem}; use letters, digits, _ and -, and no word of ours"
 
 
 def expert_conflicts(model: ModelConfig, moe: MoEConfig, parallel: ParallelConfig) -> Iterator[Conflict]:

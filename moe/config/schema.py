@@ -8,7 +8,7 @@ from pydantic import model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from moe.config.checks import expert_conflicts, model_conflicts, training_conflicts
+from moe.config.checks import data_conflicts, expert_conflicts, model_conflicts, training_conflicts
 from moe.config.errors import ConfigError
 from moe.config.sections import (
     CostConfig,
@@ -42,6 +42,7 @@ class Config(Section):
     def _check_across_fields(self) -> Self:
         found = chain(
             model_conflicts(self.model, self.data),
+            data_conflicts(self.data),
             expert_conflicts(self.model, self.moe, self.parallel),
             training_conflicts(self.train, self.optim, self.parallel),
         )

@@ -98,15 +98,40 @@ class DataConfig(Section):
 
     source: str = _key("stdlib", "stdlib, a file, a folder, a glob, or a hub dataset name", min_length=1)
     subset: str | None = _key(None, "configuration of a hub dataset, such as wikitext-103-raw-v1")
-    revision: _Free[str | None] = _key(None, "commit of a hub dataset; null: the newest")
-    text_field: str = _key("text", "field that holds the text of a record", min_length=1)
+    revision: _Free[str | None] = _key(
+        None, "commit of a hub dataset; null: the newest, and on resume the one that the run began with"
+    )
+    text_field: str = _key(
+        "text", "field that holds the text of a record, or its chat: a list of role and content", min_length=1
+    )
+    suffixes: list[str] | None = _key(
+        None, "which files of a folder or glob are read, such as [.txt, .jsonl.gz]; null: of one known type"
+    )
+    encoding: str = _key("utf-8", "of text, JSON and CSV files", min_length=1)
+    on_bad_record: Literal["error", "skip"] = _key(
+        "error", "a record that is damaged or whose field is missing or null: stop, or skip and count it"
+    )
+    validation: str | None = _key(
+        None, "where validation text comes from, as in source; null: a share of the source", min_length=1
+    )
+    validation_share: float = _key(
+        0.05, "share of the documents of the source held out; 0 needs validation", ge=0, lt=1
+    )
+    extra_validation: dict[str, str] = Field(
+        default_factory=dict,
+        description="more validation texts, {NAME: source}, each evaluated as eval/NAME/loss",
+    )
     tokenizer: str = _key(
         "bpe:4096", "bpe:N (trained here), bytes, a tokenizer.json or a hub name", min_length=1
     )
+    tokenizer_revision: _Free[str | None] = _key(None, "commit of a hub tokenizer; null: as for revision")
     end_token: str | None = _key(None, "token after each document; null: the one that the tokenizer has")
     seq_len: int = _key(256, "tokens per sample", gt=0)
     streaming: bool = _key(False, "of a hub dataset, read only as many documents as the run needs")
     cache_dir: _Free[str | None] = _key(None, "folder of tokenized corpora; null: in the user's cache")
+    cache_timeout_s: _Free[float] = _key(
+        86_400.0, "seconds to wait for another process that tokenizes the same text", gt=0, le=1e7
+    )
 
 
 class TrainConfig(Section):

@@ -4,7 +4,6 @@ A corpus is split into train and validation by a hash of what identifies a docum
 the path of a file, relative to the deepest folder that holds all files.
 """
 
-import glob
 import hashlib
 import logging
 import os
@@ -17,30 +16,29 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from moe.config import ConfigError, DataConfig, first_line
+from moe.data.files import PIECE, find_files, is_saved_dataset, kind_of, relative_names, text_pieces
+from moe.data.fingerprint import content_hash, hash_of_parts
+from moe.data.records import BadRecord, texts, texts_of_file
 
 Split = Literal["train", "validation"]
-VALIDATION_SHARE = 20  # one document in this many
 FEW_FILES = 20  # fewer plain-text files than this are not split by file: each one's tail is validation text
 NEWLINE_REACH = 2000  # how far a tail may start before its exact place, to start at a line
 
-_READERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".ndjson": "json",
-    ".jsonlines": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
-_TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text", ".tex", ".c", ".h", ".html"}
-_SUFFIXES = {*_READERS, *_TEXT_SUFFIXES}
-
 
 class Document(NamedTuple):
-    """One text, the split it belongs to, and where it comes from (`code`, `prose`, `text`)."""
+    """A text, or a piece of one.
+
+    Attributes:
+        text: at most `files.PIECE` characters.
+        split: which it belongs to.
+        domain: where it comes from: `code`, `prose`, `text`.
+        ends: False if the next document continues it.
+    """
 
     text: str
     split: Split
     domain: str
+    ends: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,26 +47,32 @@ class Corpus:
 
     Attributes:
         fingerprint: hash of the content, or of the revision of a hub dataset.
-        read: starts a new pass over the documents.
+        read: starts a new pass over the documents; in the place of a record without text, what is wrong.
+        revision: the commit of a hub dataset.
     """
 
     fingerprint: str
-    read: Callable[[], Iterator[Document]]
+    read: Callable[[], Iterator[Document | BadRecord]]
+    revision: str | None = None
 
 
-def open_corpus(data: DataConfig) -> Corpus:
+def open_corpus(data: DataConfig, cache: Path) -> Corpus:
     """Find the source named by `data.source`.
+
+    Args:
+        data: the section of the configuration.
+        cache: the folder that remembers hashes of files, which are not read again unless they changed.
 
     Raises:
         ConfigError: it does not exist, cannot be read, or holds no text.
     """
     if data.source == "stdlib":
-        return _stdlib()
-    paths = _local_paths(data.source)
-    return _hub(data) if paths is None else _local(data, paths)
+        return _stdlib(data)
+    paths = find_files(data)
+    return _hub(data) if paths is None else _local(data, paths, cache)
 
 
-def _stdlib() -> Corpus:
+def _stdlib(data: DataConfig) -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
     files = [
         path
@@ -84,9 +88,9 @@ def _stdlib() -> Corpus:
     for name, text, domain in texts:
         if text.strip() and text not in seen:  # copies of a file must not sit on both sides of the split
             seen.add(text)
-            documents.append(Document(text, _split(name), domain))
+            documents.append(Document(text, split_of(name, data.validation_share), domain))
     identity = (part for document in documents for part in (document.split, document.text))
-    return Corpus(_fingerprint(*identity), lambda: iter(documents))
+    return Corpus(hash_of_parts(identity), lambda: iter(documents))
 
 
 def _python_source(path: Path) -> str:
@@ -97,87 +101,108 @@ def _python_source(path: Path) -> str:
         return ""  # CPython's own tests hold a few files in deliberately broken encodings
 
 
-def _local_paths(source: str) -> list[Path] | None:
-    """The files that the source names; None if it looks like a hub name."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
-        if not found:
-            raise ConfigError("data.source", f"folder {source} holds no text, JSON, CSV or Parquet file")
-        return found
-    found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
-    if found:
-        return found
-    looks_local = path.suffix.lower() in _SUFFIXES or source[0] in "./~" or glob.has_magic(source)
-    if looks_local:
-        raise ConfigError("data.source", f"no such file: {source}; give a path, a glob, stdlib or a hub name")
-    return None
+def _local(data: DataConfig, paths: list[str], cache: Path) -> Corpus:
+    fingerprint = content_hash(paths, list(relative_names(paths)), cache, data.cache_timeout_s)
+
+    def read() -> Iterator[Document | BadRecord]:
+        if texts := [path for path in paths if kind_of(path) == "text"]:
+            yield from _text_files(texts, data)
+        for path in paths:
+            if is_saved_dataset(path):
+                yield from _saved_dataset(path, data)
+            elif kind_of(path) != "text":
+                yield from _documents(texts_of_file(path, data), None, data)
+
+    return Corpus(fingerprint, read)
 
 
-def _local(data: DataConfig, paths: list[Path]) -> Corpus:
-    readers = {_READERS.get(path.suffix.lower(), "text") for path in paths}
-    if len(readers) > 1:
-        mixed = ", ".join(sorted(readers))
-        raise ConfigError("data.source", f"{data.source} mixes file types ({mixed}); give one")
-    try:
-        names = _relative_names(paths)
-        fingerprint = _fingerprint(*names, *(_file_hash(path) for path in paths))
-    except OSError as error:
-        raise ConfigError("data.source", f"cannot read {error.filename} ({error.strerror})") from None
-    reader = readers.pop()
-    if reader == "text":
-        return Corpus(fingerprint, lambda: _text_files(paths, names))
-    return Corpus(fingerprint, lambda: _records(data, reader, data_files=[str(path) for path in paths]))
-
-
-def _text_files(paths: list[Path], names: list[str]) -> Iterator[Document]:
-    splits: list[Split] = [_split(name) for name in names]
+def _text_files(paths: list[str], data: DataConfig) -> Iterator[Document]:
+    splits: list[Split] = [split_of(name, data.validation_share) for name in relative_names(paths)]
     by_file = len(paths) >= FEW_FILES and len(set(splits)) == 2
-    seen: set[str] = set()
+    seen: set[bytes] = set()
     for path, split in zip(paths, splits, strict=True):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ConfigError("data.source", f"{path} is not UTF-8 text; convert or remove it") from None
-        if "\0" in text:
-            raise ConfigError("data.source", f"{path} is a binary file; give text, JSON, CSV or Parquet")
-        if text in seen:  # copies of a file must not sit on both sides of the split
+        digest, size = hashlib.sha256(), 0
+        for piece in text_pieces(path, data.encoding):
+            digest.update(piece.encode(errors="surrogatepass"))
+            size += len(piece)
+        if digest.digest() in seen:  # copies of a file must not sit on both sides of the split
             continue
-        seen.add(text)
-        if by_file:
-            yield Document(text, split, "text")
-            continue
-        cut = len(text) - len(text) // VALIDATION_SHARE
-        cut = text.rfind("\n", max(0, cut - NEWLINE_REACH), cut) + 1 or cut
-        yield Document(text[:cut], "train", "text")
-        yield Document(text[cut:], "validation", "text")
+        seen.add(digest.digest())
+        pieces = text_pieces(path, data.encoding)
+        if by_file or data.validation_share == 0:
+            yield from _one_document(pieces, split, "text")
+        else:
+            yield from _head_and_tail(pieces, size - int(size * data.validation_share))
 
 
-def _relative_names(paths: list[Path]) -> list[str]:
-    parents = [str(path.absolute().parent) for path in paths]
-    return [path.absolute().relative_to(os.path.commonpath(parents)).as_posix() for path in paths]
+def _head_and_tail(pieces: Iterator[str], cut: int) -> Iterator[Document]:
+    """What comes before character `cut`, or the start of a line close before it, and what comes after."""
+
+    def head() -> Iterator[str]:
+        nonlocal first_of_tail
+        begin = 0
+        for piece in pieces:
+            if begin + len(piece) > cut:
+                at = cut - begin
+                at = piece.rfind("\n", max(0, at - NEWLINE_REACH), at) + 1 or at
+                first_of_tail = piece[at:]
+                yield piece[:at]
+                return
+            begin += len(piece)
+            yield piece
+
+    def tail() -> Iterator[str]:
+        yield first_of_tail
+        yield from pieces
+
+    first_of_tail = ""
+    yield from _one_document(head(), "train", "text")
+    yield from _one_document(tail(), "validation", "text")
 
 
-def _records(data: DataConfig, source: str, split: str = "train", /, **arguments: Any) -> Iterator[Document]:
-    """Rows of a dataset that Hugging Face `datasets` can load, streamed: the token cache is the only copy."""
+def _one_document(pieces: Iterator[str], split: Split, domain: str) -> Iterator[Document]:
+    """The pieces of one text."""
+    piece = next(pieces, None)
+    while piece is not None:
+        following = next(pieces, None)
+        yield Document(piece, split, domain, ends=following is None)
+        piece = following
+
+
+def _documents(
+    found: Iterator[str | BadRecord], split: Split | None, data: DataConfig
+) -> Iterator[Document | BadRecord]:
+    """Each record is a document, in pieces if it is long. Without a given split its text decides."""
+    for text in found:
+        if isinstance(text, BadRecord):
+            yield text
+        else:
+            side = split or split_of(text, data.validation_share)
+            pieces = (text[at : at + PIECE] for at in range(0, max(1, len(text)), PIECE))
+            yield from _one_document(pieces, side, "text")
+
+
+def _saved_dataset(path: str, data: DataConfig) -> Iterator[Document | BadRecord]:
     import datasets  # takes 1.5 s, and the default source does not need it
 
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # our own errors name the problem
     try:
-        rows = datasets.load_dataset(source, split=split, streaming=True, **arguments)
-        for row in rows:
-            if data.text_field not in row:
-                problem = f"no field {data.text_field!r}; the records have {', '.join(sorted(row))}"
-                raise ConfigError("data.text_field", problem)
-            text = row[data.text_field]
-            if not isinstance(text, str):
-                raise ConfigError("data.text_field", f"field {data.text_field!r} is not text in every record")
-            yield Document(text, "validation" if split == "validation" else _split(text), "text")
-    except ConfigError:
-        raise
+        saved = datasets.load_from_disk(path)
     except Exception as error:  # datasets raises whatever its readers raise
-        raise ConfigError("data.source", f"cannot be read as {source}: {first_line(error)[:200]}") from None
+        raise ConfigError("data.source", f"{path} cannot be read ({first_line(error)[:200]})") from None
+    parts = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    yield from _splits(parts, os.path.basename(os.path.abspath(path)), data)
+
+
+def _splits(parts: Any, origin: str, data: DataConfig) -> Iterator[Document | BadRecord]:
+    """The validation split of a dataset, if it has one, and its training split."""
+    if "train" not in parts:
+        names = ", ".join(map(str, parts))
+        raise ConfigError("data.source", f"{origin} has no split called train; it has {names}")
+    sides: dict[str, Split | None] = {"train": None}
+    if "validation" in parts:
+        sides = {"validation": "validation", "train": "train"}
+    for name, side in sides.items():
+        yield from _documents(texts(parts[name], f"{origin}, {name}", data), side, data)
 
 
 def _hub(data: DataConfig) -> Corpus:
@@ -186,6 +211,8 @@ def _hub(data: DataConfig) -> Corpus:
     from huggingface_hub.utils import logging as hub_logging
 
     hub_logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # our own errors name the problem
     try:
         revision = data.revision or HfApi().dataset_info(data.source, timeout=20).sha
     except Exception as error:  # the hub client's errors differ from version to version
@@ -194,32 +221,60 @@ def _hub(data: DataConfig) -> Corpus:
         fix = "check the name, data.subset and the network"
         raise ConfigError("data.source", f"{problem} {reason}; {fix}") from None
 
-    def read() -> Iterator[Document]:
+    def read() -> Iterator[Document | BadRecord]:
         try:
-            splits = datasets.get_dataset_split_names(data.source, data.subset, revision=revision)
-        except Exception as error:  # datasets raises whatever the hub client raises
+            names = datasets.get_dataset_split_names(data.source, data.subset, revision=revision)
+            parts = {
+                name: datasets.load_dataset(
+                    data.source, name=data.subset, split=name, streaming=True, revision=revision
+                )
+                for name in names
+                if name in ("train", "validation")
+            }
+            yield from _splits(parts, data.source, data)
+        except ConfigError:
+            raise
+        except Exception as error:  # datasets raises whatever the hub client and its readers raise
             reason = first_line(error)[:200]
             raise ConfigError("data.source", f"{data.source} cannot be read ({reason})") from None
-        if "validation" in splits:
-            yield from _records(data, data.source, "validation", name=data.subset, revision=revision)
-        for document in _records(data, data.source, "train", name=data.subset, revision=revision):
-            yield document._replace(split="train") if "validation" in splits else document
 
-    return Corpus(_fingerprint(data.source, str(data.subset), str(revision)), read)
+    return Corpus(hash_of_parts([data.source, str(data.subset), str(revision)]), read, revision)
 
 
-def _split(identity: str) -> Split:
-    digest = hashlib.sha256(identity.encode()).digest()
-    return "validation" if int.from_bytes(digest[:8], "big") % VALIDATION_SHARE == 0 else "train"
+def split_of(identity: str, validation_share: float) -> Split:
+    """The side of the document with this name or text, fixed by a hash of it."""
+    number = int.from_bytes(hashlib.sha256(identity.encode(errors="surrogatepass")).digest()[:8], "big")
+    # Twentieths first, and their parts after that: a share of 1/20 takes one whole twentieth.
+    place = (number % 20 + (number // 20) / (2**64 // 20 + 1)) / 20
+    return "validation" if place < validation_share else "train"
 
 
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class BadRecords:
+    """What becomes of records without text.
 
+    Args:
+        skip: whether they are counted instead of refused.
 
-def _fingerprint(*parts: str) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(hashlib.sha256(part.encode(errors="surrogatepass")).digest())
-    return digest.hexdigest()
+    Attributes:
+        number: of those that were skipped.
+        first: where the first of them is, and what is wrong with it.
+    """
+
+    def __init__(self, skip: bool):
+        self._skip, self.number, self.first = skip, 0, ""
+
+    def left_out(self, corpus: Corpus) -> Iterator[Document]:
+        """The documents of a corpus without them.
+
+        Raises:
+            ConfigError: there is one, and it is not to be skipped.
+        """
+        for document in corpus.read():
+            if isinstance(document, Document):
+                yield document
+                continue
+            problem = f"{document.where}: {document.problem}"
+            if not self._skip:
+                fix = "fix it, or skip such records with data.on_bad_record=skip"
+                raise ConfigError("data.text_field", f"{problem}; {fix}")
+            self.number, self.first = self.number + 1, self.first or problem

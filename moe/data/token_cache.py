@@ -8,24 +8,37 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from moe.config import Config, ConfigError
-from moe.data.corpus import Corpus, Document, Split, open_corpus
-from moe.data.tokenizer import end_token, load_tokenizer, read_tokenizer, vocabulary_size
+from moe.config import Config, ConfigError, DataConfig, changed
+from moe.data.amounts import refuse_too_little
+from moe.data.build_lock import alone
+from moe.data.corpus import BadRecords, Corpus, Document, open_corpus
+from moe.data.token_files import TokenFiles, with_progress
+from moe.data.tokenizer import end_token, find_revision, load_tokenizer, read_tokenizer, vocabulary_size
 
-_FORMAT = 2
-T = TypeVar("T")
-_SPLITS: tuple[Split, Split] = ("train", "validation")
+_FORMAT, _LAYOUT = 2, 2  # of the tokens; of the files of the cache
+
+
+@dataclass(frozen=True)
+class ValidationText:
+    """Tokens that are evaluated on.
+
+    Attributes:
+        tokens: (n,) uint16 or uint32, memory-mapped, documents in order, each followed by the end token.
+        bytes_per_token: UTF-8 bytes of the documents over their tokens, end tokens included: what turns nats
+            per token into bits per byte.
+    """
+
+    tokens: np.ndarray
+    bytes_per_token: float
 
 
 @dataclass(frozen=True)
@@ -38,178 +51,198 @@ class TokenizedCorpus:
         tokenizer: of these tokens.
         end_token: the token after each document.
         train: (n,) uint16 or uint32, memory-mapped, documents in order, each followed by the end token.
-        validation: the same for the validation split.
-        validation_bytes_per_token: UTF-8 bytes of the validation documents over their tokens, end tokens
-            included: what turns nats per token into bits per byte.
+        validation: held-out text.
+        extra_validation: the texts of `data.extra_validation` by name.
+        revisions: `data.revision` and `data.tokenizer_revision` as they were found on the hub.
     """
 
     fingerprint: str
     tokenizer: Tokenizer
     end_token: str
     train: np.ndarray
-    validation: np.ndarray
-    validation_bytes_per_token: float
+    validation: ValidationText
+    extra_validation: dict[str, ValidationText]
+    revisions: dict[str, str | None]
 
 
 def prepare_corpus(config: Config) -> TokenizedCorpus:
     """Tokenize the corpus of a configuration, or open it from the cache.
 
     Raises:
-        ConfigError: anything wrong with the source, the tokenizer, the cache folder or the amount of text;
-            nothing is left in the cache then.
+        ConfigError: anything wrong with a source, the tokenizer, the cache folder or the amount of text;
+            no part of it is left in the cache then.
     """
-    corpus = open_corpus(config.data)
+    revision = find_revision(config.data.tokenizer, config.data.tokenizer_revision)
+    config = changed(config, {"data.tokenizer_revision": revision})
+    data = config.data
+    sources = {"train": _open_source(data, "data.source", data.source)}
+    if data.validation is not None:
+        sources["validation"] = _open_source(data, "data.validation", data.validation)
+    extra = {
+        name: _open_source(data, "data.extra_validation", source)
+        for name, source in data.extra_validation.items()
+    }
+    settings = _settings(data, sources) | {"tokenizer": _tokenizer_identity(data)}
+    tokens, tokenizer, end = _prepare(config, sources, settings)
+    validation = {}
+    for name, corpus in extra.items():
+        own = _settings(data, {name: corpus}) | {"tokenizer": tokenizer.to_str(), "end_token": end}
+        validation |= _prepare(config, {name: corpus}, own, tokenizer)[0]
+    return TokenizedCorpus(
+        fingerprint=_hash(settings),
+        tokenizer=tokenizer,
+        end_token=end,
+        train=tokens["train"].tokens,
+        validation=tokens["validation"],
+        extra_validation=validation,
+        revisions={
+            "data.revision": sources["train"].revision,
+            "data.tokenizer_revision": data.tokenizer_revision,
+        },
+    )
+
+
+def cache_folder(data: DataConfig) -> Path:
+    """Where prepared corpora live."""
+    if data.cache_dir is not None:
+        return Path(data.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gatework"
+
+
+def _open_source(data: DataConfig, key: str, source: str) -> Corpus:
+    """The corpus that a key names; of a source of validation text, or beside one, nothing is held out."""
+    is_split = key == "data.source" and data.validation is None
+    changes = {"source": source} if is_split else {"source": source, "validation_share": 0.0}
+    try:
+        return open_corpus(data.model_copy(update=changes), cache_folder(data))
+    except ConfigError as error:
+        raise error if error.key != "data.source" else ConfigError(key, error.message) from None
+
+
+def _settings(data: DataConfig, sources: dict[str, Corpus]) -> dict[str, Any]:
+    """All that shapes the tokens, besides the tokenizer.
+
+    Keys that came later count where they differ from their defaults, so that older runs can be resumed.
+    """
+    content = [corpus.fingerprint for corpus in sources.values()]
     settings = {
         "format": _FORMAT,
-        "content": corpus.fingerprint,
-        "tokenizer": _tokenizer_identity(config.data.tokenizer),
-        "end_token": config.data.end_token,
-        "text_field": config.data.text_field,
+        "content": content[0],
+        "end_token": data.end_token,
+        "text_field": data.text_field,
     }
-    fingerprint = _hash(settings)
-    folder = cache_folder(config) / _hash({**settings, "limits": _token_limits(config)})
-    if not (folder / "meta.json").exists():
-        _build(config, corpus, folder)
-    return _open(config, folder, fingerprint)
-
-
-def cache_folder(config: Config) -> Path:
-    """Where prepared corpora live."""
-    if config.data.cache_dir is not None:
-        return Path(config.data.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gatework"
+    later = data.model_dump(include={"encoding", "on_bad_record", "validation_share"})
+    settings |= {key: value for key, value in later.items() if value != DataConfig.model_fields[key].default}
+    return settings | ({"validation": content[1]} if len(content) > 1 else {})
 
 
 def _hash(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _tokenizer_identity(spec: str) -> str:
-    path = Path(spec).expanduser()
+def _tokenizer_identity(data: DataConfig) -> str:
+    path = Path(data.tokenizer).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else spec
+    if file.is_file():
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    revision = data.tokenizer_revision
+    return data.tokenizer if revision is None else f"{data.tokenizer}@{revision}"
 
 
-def _token_limits(config: Config) -> dict[Split, int | None]:
-    """How many tokens to read of each split: all of them, unless the corpus is a stream."""
-    if not config.data.streaming:
-        return {"train": None, "validation": None}
+def _token_limits(config: Config, names: list[str]) -> dict[str, int]:
+    """How many tokens to read for each name, if the corpus is a stream."""
     per_batch = config.train.global_batch_size * config.data.seq_len
-    return {
-        "train": config.train.steps * per_batch + 1,
-        "validation": config.train.eval_batches * per_batch + 1,
-    }
+    batches = {name: config.train.steps if name == "train" else config.train.eval_batches for name in names}
+    return {name: n * per_batch + 1 for name, n in batches.items()} if config.data.streaming else {}
 
 
-def _build(config: Config, corpus: Corpus, folder: Path) -> None:
+def _prepare(
+    config: Config, sources: dict[str, Corpus], settings: dict[str, Any], tokenizer: Tokenizer | None = None
+) -> tuple[dict[str, ValidationText], Tokenizer, str]:
+    """The tokens of some sources by name, made or opened; their tokenizer, and their end token."""
+    limits = _token_limits(config, _names(sources))
+    folder = cache_folder(config.data) / _hash({**settings, "limits": limits, "layout": _LAYOUT})
+    if not (folder / "meta.json").exists():
+        with alone(folder.parent, folder.name, config.data.cache_timeout_s):
+            if not (folder / "meta.json").exists():
+                _build(config, sources, tokenizer, limits, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    tokenizer = read_tokenizer(folder / "tokenizer.json", "data.cache_dir")
+    refuse_too_little(config, meta, vocabulary_size(tokenizer))
+    if meta["bad_records"]:
+        count, first = meta["bad_records"], meta["first_bad"]
+        print(f"data.on_bad_record=skip left out {count} records, first {first}", file=sys.stderr)
+    tokens = {name: _open_tokens(folder / f"{name}.bin", count) for name, count in meta["splits"].items()}
+    return tokens, tokenizer, meta["end_token"]
+
+
+def _build(
+    config: Config,
+    sources: dict[str, Corpus],
+    tokenizer: Tokenizer | None,
+    limits: dict[str, int],
+    folder: Path,
+) -> None:
+    """Tokenize the sources into the folder; without a tokenizer it is made first."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        for orphan in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
+            shutil.rmtree(orphan, ignore_errors=True)
+        scratch = folder.with_name(f".{folder.name}-{os.getpid()}")
+        scratch.mkdir()
     except OSError as error:
         raise ConfigError("data.cache_dir", f"cannot write to {folder.parent} ({error.strerror})") from None
     try:
-        training_texts = _with_progress(
-            (document.text for document in corpus.read() if document.split == "train"),
-            "training the tokenizer",
-        )
-        tokenizer = load_tokenizer(config.data.tokenizer, training_texts)
-        token = end_token(tokenizer, config.data.end_token)
+        if tokenizer is None:
+            documents = with_progress(
+                BadRecords(skip=True).left_out(sources["train"]), "training the tokenizer"
+            )
+            texts = (document.text for document in documents if document.split == "train")
+            tokenizer = load_tokenizer(config.data.tokenizer, texts, config.data.tokenizer_revision)
+        end = end_token(tokenizer, config.data.end_token)
         config.resolve(vocabulary_size(tokenizer))  # refuses a vocabulary that does not fit
         tokenizer.save(str(scratch / "tokenizer.json"))
-        counts = _write_tokens(corpus.read(), tokenizer, token, _token_limits(config), scratch)
-        meta = {"end_token": token, **counts}
-        _check_enough(config, meta)
+        bad = BadRecords(skip=config.data.on_bad_record == "skip")
+        with TokenFiles(scratch, _names(sources), tokenizer, end, limits) as files:
+            is_split = "train" in sources and "validation" not in sources
+            for source, corpus in sources.items():
+                documents = with_progress(bad.left_out(corpus), "tokenizing")
+                files.write(_by_name(documents, source, is_split), files.counts if is_split else [source])
+        meta = {"end_token": end, "splits": files.counts, "bad_records": bad.number, "first_bad": bad.first}
+        refuse_too_little(config, meta, vocabulary_size(tokenizer))
         (scratch / "meta.json").write_text(json.dumps(meta))
-        try:
-            scratch.rename(folder)
-        except OSError:  # another process finished the same corpus first
-            if not (folder / "meta.json").exists():
-                raise
+        scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write_tokens(
-    documents: Iterator[Document],
-    tokenizer: Tokenizer,
-    end: str,
-    limits: dict[Split, int | None],
-    scratch: Path,
-) -> dict[Split, dict[str, Any]]:
-    """Write each split's tokens, and the start and domain of each of its documents."""
-    dtype = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32
-    end_id = tokenizer.token_to_id(end)
-    tokenizer.encode_special_tokens = True  # a document that spells out the end token does not end there
-    counts: dict[Split, dict[str, int]] = {split: {"tokens": 0, "bytes": 0} for split in _SPLITS}
-    starts: dict[Split, list[tuple[int, int]]] = {split: [] for split in _SPLITS}
-    domains: list[str] = []
-    files = {split: (scratch / f"{split}.bin").open("wb") for split in _SPLITS}
-
-    def full(split: Split) -> bool:
-        limit = limits[split]
-        return limit is not None and counts[split]["tokens"] >= limit
-
-    documents = _with_progress(documents, "tokenizing")
-    for batch in iter(lambda: list(islice(documents, 256)), []):
-        wanted = [document for document in batch if document.text.strip() and not full(document.split)]
-        texts = [document.text for document in wanted]
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for document, encoding in zip(wanted, encodings, strict=True):
-            if full(document.split):
-                continue
-            if document.domain not in domains:
-                domains.append(document.domain)
-            count = counts[document.split]
-            starts[document.split].append((count["tokens"], domains.index(document.domain)))
-            ids = np.array([*encoding.ids, end_id], dtype=dtype)
-            files[document.split].write(ids.tobytes())
-            count["tokens"] += len(ids)
-            count["bytes"] += len(document.text.encode(errors="surrogatepass"))
-        if all(full(split) for split in _SPLITS):
-            break
-
-    for split in _SPLITS:
-        files[split].flush()
-        os.fsync(files[split].fileno())
-        files[split].close()
-        np.save(scratch / f"{split}.documents.npy", np.array(starts[split], dtype=np.int64).reshape(-1, 2))
-    return {split: {**counts[split], "dtype": np.dtype(dtype).name, "domains": domains} for split in _SPLITS}
+def _names(sources: dict[str, Corpus]) -> list[str]:
+    """Of the token files: a training source without a validation source gives text for both."""
+    return ["train", "validation"] if "train" in sources else list(sources)
 
 
-def _with_progress(items: Iterable[T], what: str) -> Iterator[T]:
-    yield from tqdm(items, desc=what, unit=" documents", disable=None, leave=False)
+def _by_name(documents: Iterator[Document], source: str, is_split: bool) -> Iterator[tuple[str, Document]]:
+    """Each document with the name of the token file it belongs to.
+
+    Args:
+        documents: of one source.
+        source: `train`, or the name of a validation text. If that has a validation split of its own, as many
+            hub datasets have, this alone counts; it comes first.
+        is_split: whether held-out documents of the training source are validation text, or left out.
+    """
+    has_split = False
+    for document in documents:
+        if source == "train":
+            if is_split or document.split == "train":
+                yield document.split, document
+        else:
+            has_split = has_split or document.split == "validation"
+            if not has_split or document.split == "validation":
+                yield source, document
 
 
-def _check_enough(config: Config, meta: dict[str, Any]) -> None:
-    seq_len = config.data.seq_len
-    if meta["train"]["tokens"] + meta["validation"]["tokens"] == 0:
-        raise ConfigError("data.source", f"{config.data.source} holds no text")
-    for split in _SPLITS:
-        tokens = meta[split]["tokens"]
-        if tokens == 0:
-            problem = f"{config.data.source} has no document in the {split} split"
-            raise ConfigError("data.source", f"{problem}; give more documents")
-        if tokens <= seq_len:
-            problem = f"{seq_len} is longer than the {split} text of {config.data.source} ({tokens} tokens)"
-            raise ConfigError("data.seq_len", f"{problem}; lower it or give more text")
-
-
-def _open(config: Config, folder: Path, fingerprint: str) -> TokenizedCorpus:
-    meta = json.loads((folder / "meta.json").read_text())
-    _check_enough(config, meta)
-    tokens: dict[Split, np.ndarray] = {}
-    for split in _SPLITS:
-        path, entry = folder / f"{split}.bin", meta[split]
-        size = entry["tokens"] * np.dtype(entry["dtype"]).itemsize
-        if not path.is_file() or path.stat().st_size != size:
-            raise ConfigError("data.cache_dir", f"{folder} is damaged; delete that folder and start again")
-        tokens[split] = np.memmap(path, dtype=entry["dtype"], mode="r")
-    validation = meta["validation"]
-    return TokenizedCorpus(
-        fingerprint=fingerprint,
-        tokenizer=read_tokenizer(folder / "tokenizer.json", "data.cache_dir"),
-        end_token=meta["end_token"],
-        train=tokens["train"],
-        validation=tokens["validation"],
-        validation_bytes_per_token=validation["bytes"] / validation["tokens"],
-    )
+def _open_tokens(path: Path, count: dict[str, Any]) -> ValidationText:
+    size = count["tokens"] * np.dtype(count["dtype"]).itemsize
+    if not path.is_file() or path.stat().st_size != size:
+        raise ConfigError("data.cache_dir", f"{path.parent} is damaged; delete that folder and start again")
+    tokens = np.memmap(path, dtype=count["dtype"], mode="r")
+    return ValidationText(tokens, count["bytes"] / count["tokens"])

@@ -12,17 +12,18 @@ _KNOWN_END_TOKENS = (END_TOKEN, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>"
 _BPE_TRAINING_BYTES = 32 * 2**20  # more text changes a small vocabulary little and costs time
 
 
-def load_tokenizer(spec: str, training_texts: Iterable[str]) -> Tokenizer:
+def load_tokenizer(spec: str, training_texts: Iterable[str], revision: str | None = None) -> Tokenizer:
     """Make the tokenizer that `data.tokenizer` names.
 
     Args:
         spec: `bpe:N`, `bytes`, the path of a `tokenizer.json`, or a hub name.
-        training_texts: the training split; read for `bpe:N` only.
+        training_texts: the training split; read for `bpe:N` only. Little text gives fewer than N tokens.
+        revision: the commit of a hub name; None: the newest.
 
     Raises:
         ConfigError: no such tokenizer.
     """
-    tokenizer = _make_tokenizer(spec, training_texts)
+    tokenizer = _make_tokenizer(spec, training_texts, revision)
     tokenizer.no_truncation()  # some tokenizer.json bring these along; a document is never cut or padded
     tokenizer.no_padding()
     return tokenizer
@@ -41,16 +42,21 @@ def with_vocabulary(config: Config) -> Config:
     """
     spec = config.data.tokenizer
     if spec.startswith("bpe:"):
-        return config.resolve(_bpe_size(spec))
+        return config.resolve(bpe_size(spec))
     if config.model.vocab_size is not None and spec != "bytes":
         return config
     try:
-        return config.resolve(vocabulary_size(load_tokenizer(spec, ())))
+        return config.resolve(vocabulary_size(load_tokenizer(spec, (), config.data.tokenizer_revision)))
     except ConfigError as error:
         raise ConfigError("model.vocab_size", f"set it, because {error}") from None
 
 
-def _bpe_size(spec: str) -> int:
+def bpe_size(spec: str) -> int:
+    """The N of `bpe:N`.
+
+    Raises:
+        ConfigError: it is no number, or too small.
+    """
     size = spec.removeprefix("bpe:")
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if not (size.isascii() and size.isdecimal()) or not smallest <= int(size) <= 1_000_000:
@@ -58,31 +64,47 @@ def _bpe_size(spec: str) -> int:
     return int(size)
 
 
-def _make_tokenizer(spec: str, training_texts: Iterable[str]) -> Tokenizer:
+def find_revision(spec: str, revision: str | None) -> str | None:
+    """The commit of a hub tokenizer: the given one, the one in the hub's cache here, or the newest.
+
+    Raises:
+        ConfigError: the hub has no answer.
+    """
+    if spec.startswith("bpe:") or spec == "bytes" or _local_file(spec) is not None:
+        return None
+    return revision or _hub_file(spec, None).parent.name  # .../snapshots/COMMIT/tokenizer.json
+
+
+def _make_tokenizer(spec: str, training_texts: Iterable[str], revision: str | None) -> Tokenizer:
     if spec.startswith("bpe:"):
-        return _train_bpe(_bpe_size(spec), training_texts)
+        return _train_bpe(bpe_size(spec), training_texts)
     if spec == "bytes":
         alphabet = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
         tokenizer = _byte_level(models.BPE(vocab=alphabet, merges=[]))
         tokenizer.add_special_tokens([END_TOKEN])
         return tokenizer
+    return read_tokenizer(_local_file(spec) or _hub_file(spec, revision), "data.tokenizer")
+
+
+def _local_file(spec: str) -> Path | None:
     path = Path(spec).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
-    if path.is_file() or path.suffix == ".json":
-        return read_tokenizer(path, "data.tokenizer")
-    return _from_hub(spec)
+    return path if path.is_file() or path.suffix == ".json" else None
 
 
-def _from_hub(spec: str) -> Tokenizer:
-    from huggingface_hub import HfApi, try_to_load_from_cache  # takes a third of a second
+def _hub_file(spec: str, revision: str | None) -> Path:
+    """The `tokenizer.json` of a hub name, downloaded if need be."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache  # takes a third of a second
 
-    cached = try_to_load_from_cache(spec, "tokenizer.json") if spec.count("/") == 1 else None
+    cached = (
+        try_to_load_from_cache(spec, "tokenizer.json", revision=revision) if spec.count("/") == 1 else None
+    )
     if isinstance(cached, str):
-        return read_tokenizer(Path(cached), "data.tokenizer")
+        return Path(cached)
     try:
         HfApi().model_info(spec, timeout=20)  # answers at once, where the download would retry for 23 s
-        return Tokenizer.from_pretrained(spec)
+        return Path(hf_hub_download(spec, "tokenizer.json", revision=revision))
     except Exception as error:  # the hub client's errors differ from version to version
         problem = f"{spec!r} is neither bpe:N, bytes nor a file here, and the hub has no answer"
         reason = f"({first_line(error)[:120]}); check the name and the network"
@@ -124,9 +146,6 @@ def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_first_bytes(texts, _BPE_TRAINING_BYTES), trainer)
-    if (size := tokenizer.get_vocab_size()) < vocab_size:
-        problem = f"the corpus supports only {size} tokens; use bpe:{size} or bytes"
-        raise ConfigError("data.tokenizer", problem)
     return tokenizer
 
 

@@ -26,8 +26,8 @@ def sample_text(
     """
     tokenizer, end_id = corpus.tokenizer, corpus.tokenizer.token_to_id(corpus.end_token)
     assert end_id is not None
-    middle = len(corpus.validation) // 2
-    prompts = [[end_id]] + [corpus.validation[i : i + PROMPT_TOKENS].tolist() for i in (0, middle)]
+    texts = corpus.validation.tokens
+    prompts = [[end_id]] + [texts[i : i + PROMPT_TOKENS].tolist() for i in (0, len(texts) // 2)]
     parts = []
     for seed, prompt in enumerate(prompts):
         tokens = torch.tensor(prompt, device=device)

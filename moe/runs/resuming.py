@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from moe.checkpoint.reading import newest_checkpoint
-from moe.config import Config, ConfigError, flat_config, load_config, on_resume, parse_config
+from moe.config import Config, ConfigError, changed, flat_config, load_config, on_resume, parse_config
 from moe.runs.run_folder import RunFolder
 
 
@@ -34,6 +34,20 @@ def open_run(config: Config) -> RunFolder:
             problem = f"{config.train.steps}, but the run is already at step {checkpoint.step}"
             raise ConfigError("train.steps", f"{problem}; raise it or choose another run.name")
     return folder
+
+
+def with_recorded_revisions(config: Config, folder: RunFolder) -> Config:
+    """The configuration with the commits of hub data that the run in this folder began with.
+
+    Commits that the configuration names itself stay.
+    """
+    if not folder.config.exists():
+        return config
+    new, saved = flat_config(config), flat_config(load_config(folder.config))
+    of = {"data.revision": "data.source", "data.tokenizer_revision": "data.tokenizer"}
+    return changed(
+        config, {key: saved[key] for key, name in of.items() if new[key] is None and new[name] == saved[name]}
+    )
 
 
 def all_damaged(warnings: list[str]) -> ConfigError:
@@ -75,10 +89,10 @@ def _check_same_experiment(new: Config, saved: Config) -> None:
     new_values, saved_values = flat_config(new), flat_config(saved)
     if new_values["model.vocab_size"] is None:  # it will come from the same tokenizer
         del saved_values["model.vocab_size"]
-    changed = [
+    different = [
         key for key, value in saved_values.items() if on_resume(key) == "refused" and new_values[key] != value
     ]
-    if changed:
-        keys = ", ".join(f"{key} (was {saved_values[key]!r}, now {new_values[key]!r})" for key in changed)
+    if different:
+        keys = ", ".join(f"{key} (was {saved_values[key]!r}, now {new_values[key]!r})" for key in different)
         problem = f"differs from the run in {new.run.dir}: {keys}"
-        raise ConfigError(changed[0], f"{problem}; restore it, or choose another run.name")
+        raise ConfigError(different[0], f"{problem}; restore it, or choose another run.name")

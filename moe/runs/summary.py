@@ -12,6 +12,8 @@ from moe.accounting.memory import estimate_memory
 from moe.config import Config
 from moe.tables import align, gib
 
+_CLEAR_RISE = 0.01  # nats; a smaller one is noise of short runs
+
 
 def overview(config: Config, counts: ModelCounts, world_size: int, device: str) -> str:
     """The table that a run prints at its start: parameters, total and active, FLOPs, memory, bytes sent."""
@@ -68,3 +70,24 @@ def summarize(
         "tokens_per_s": tokens_per_step / mean_step_s,
         "cost": asdict(training_cost(flops, spent["device_s"], gpu, config.cost)),
     }
+
+
+def overfitting(metrics: list[dict[str, Any]]) -> str | None:
+    """A sentence about a validation loss that rose while the training loss fell; None if it did not.
+
+    Args:
+        metrics: lines of `metrics.jsonl`.
+    """
+    evaluations = [line for line in metrics if "eval/loss" in line]
+    best, last = min(evaluations, key=lambda line: line["eval/loss"]), evaluations[-1]
+    if last["eval/loss"] < best["eval/loss"] + _CLEAR_RISE:
+        return None
+    train = [line for line in metrics if "loss/lm" in line]
+    at_best = min(train, key=lambda line: abs(line["step"] - best["step"]))
+    if train[-1]["loss/lm"] >= at_best["loss/lm"]:
+        return None
+    return (
+        f"the validation loss was lowest at step {best['step']} ({best['eval/loss']:.4f}) and rose to "
+        f"{last['eval/loss']:.4f} while the training loss fell: the model learns its text by heart; use "
+        "fewer steps, more text or a smaller model"
+    )

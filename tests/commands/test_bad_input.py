@@ -1,5 +1,6 @@
 """Wrong input: one line that names the key and the fix, exit code 2, nothing written."""
 
+import gzip
 import os
 import shutil
 import subprocess
@@ -57,13 +58,22 @@ CASES = {
     "data.source=*.nothing": "data.source: no such file: *.nothing",
     "data.source=empty.txt": "data.source: empty.txt holds no text",
     "data.source=emptydir": "data.source: folder emptydir holds no text, JSON, CSV or Parquet file",
-    "data.source=binary.txt": "data.source: binary.txt is not UTF-8 text",
+    "data.source=binary.txt": "data.encoding: binary.txt is not utf-8 text",
     "data.source=zeros.txt": "data.source: zeros.txt is a binary file",
-    "data.source=mixed": "data.source: mixed mixes file types (csv, text)",
-    "data.source=rows.jsonl": "data.text_field: no field 'text'; the records have body",
-    "data.source=rows.jsonl data.text_field=bodi": "data.text_field: no field 'bodi'",
-    "data.source=numbers.jsonl": "data.text_field: field 'text' is not text",
-    "data.source=broken.jsonl": "data.source: cannot be read as json",
+    "data.source=mixed": "data.source: mixed mixes file types (csv, text); choose with data.suffixes",
+    "data.source=rows.jsonl": "data.text_field: rows.jsonl, record 1: no field 'text'; the records have body",
+    "data.source=rows.jsonl data.text_field=bodi": "data.text_field: rows.jsonl, record 1: no field 'bodi'",
+    "data.source=numbers.jsonl": "data.text_field: numbers.jsonl, record 1: field 'text' is a number",
+    "data.source=broken.jsonl": "data.text_field: broken.jsonl, record 1: is not JSON",
+    "data.source=null.jsonl": "data.text_field: null.jsonl, record 3: field 'text' is null",
+    "data.source=broken.json": "data.source: broken.json is not JSON",
+    "data.source=broken.txt.gz": "data.source: cannot read broken.txt.gz (damaged)",
+    "data.source=mixed data.suffixes=[.md]": "data.source: folder mixed holds no .md file",
+    "data.encoding=utf-99": "data.encoding: 'utf-99' is no encoding",
+    "data.validation_share=0": "data.validation_share: 0 leaves no text to evaluate on",
+    "data.validation=missing.txt": "data.validation: no such file: missing.txt",
+    "data.extra_validation.a=missing.txt": "data.extra_validation: no such file: missing.txt",
+    "data.extra_validation.loss=short.txt": "data.extra_validation: 'loss' cannot name",
     "data.source=someone/something": "data.source: 'someone/something' is not a file here, and the hub",
     "data.source=short.txt": "data.seq_len: 32 is longer than the",
     "data.cache_dir=short.txt/cache": "data.cache_dir: cannot write to",
@@ -107,6 +117,9 @@ def folder_of_bad_things(tmp_path_factory):
     (folder / "rows.jsonl").write_text('{"body": "a"}\n' * 9)
     (folder / "numbers.jsonl").write_text('{"text": 1}\n' * 9)
     (folder / "broken.jsonl").write_text('{"text": "a"\nnot json at all')
+    (folder / "null.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": null}\n')
+    (folder / "broken.json").write_text('[{"text": "a"}, {"text": ')
+    (folder / "broken.txt.gz").write_bytes(gzip.compress(b"words " * 1000)[:50])
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.doc").write_text("ten years of work")
     (folder / "hydra").mkdir()
@@ -118,7 +131,9 @@ def folder_of_bad_things(tmp_path_factory):
 
 
 def snapshot(folder: Path):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    """All files and folders, but the cache's locks, and the hashes of files that it has seen."""
+    paths = [path for path in folder.rglob("*") if not {"locks", "hashes"} & set(path.parts)]
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def refused(arguments, capsys):
@@ -140,7 +155,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(
     case, small, folder_of_bad_things, cache_dir, monkeypatch, capsys
 ):
     monkeypatch.chdir(folder_of_bad_things)
-    before, cache_before = snapshot(folder_of_bad_things), set(cache_dir.rglob("*"))
+    before, cache_before = snapshot(folder_of_bad_things), snapshot(cache_dir)
     items = case.split() if not case.startswith("model.d_model='") else [case]
     if "=" in items[0] or items[0] == "train.steps":
         arguments = [*small, "run.dir=fresh", *items]
@@ -149,7 +164,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(
     line = refused(arguments, capsys)
     assert line.startswith(CASES[case]), line
     assert snapshot(folder_of_bad_things) == before
-    assert set(cache_dir.rglob("*")) == cache_before
+    assert snapshot(cache_dir) == cache_before
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,18 @@
 """Runs that were stopped, damaged, finished or poisoned, and go on."""
 
+import json
 import signal
+from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
 
 import train
+from moe.config import load_config
+from moe.data.tokenizer import load_tokenizer
 from moe.training.engine import Engine
 from moe.training.stop_request import StopRequest
 from tests.support.runs import assert_same_run, final_state, read_lines
@@ -94,6 +100,44 @@ def test_a_run_resumes_from_its_own_config_file(run_main, tmp_path):
     _, run, _, _ = run_main("train.steps=8")
     assert train.main([str(run / "config.yaml"), "train.steps=12"]) == 0
     assert read_lines(run)[-1]["step"] == 12
+
+
+def test_a_run_continues_with_the_commits_of_hub_data_that_it_began_with(run_main, tmp_path, monkeypatch):
+    """The hub is out of reach: `datasets` serves a local file, the tokenizer is in the cache of the hub."""
+    newest, loaded = ["first"], []
+    records = tmp_path / "records.jsonl"
+    records.write_text("".join(json.dumps({"text": f"poem {i} of words " * 9}) + "\n" for i in range(200)))
+    tokenizer = tmp_path / "snapshots" / "abc" / "tokenizer.json"
+    tokenizer.parent.mkdir(parents=True)
+    load_tokenizer("bytes", ()).save(str(tokenizer))
+
+    class Hub:
+        def dataset_info(self, name, timeout):
+            return SimpleNamespace(sha=newest[0])
+
+    def load(path, name, split, streaming, revision):
+        loaded.append(revision)
+        return real_load("json", data_files=str(records), split="train", streaming=True)
+
+    real_load = datasets.load_dataset
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(tokenizer))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: ["train"])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    hub_data = ["data.source=someone/poems", "data.tokenizer=someone/tokenizer"]
+    code, run, _, _ = run_main(*hub_data, "train.steps=4")
+    assert code == 0
+    saved = load_config(run / "config.yaml").data
+    assert (saved.revision, saved.tokenizer_revision) == ("first", "abc")
+    newest[0] = "second"
+    code, run, out, _ = run_main(*hub_data, "train.steps=8", f"data.cache_dir={tmp_path / 'other'}")
+    assert code == 0
+    assert "resumed from" in out
+    assert set(loaded) == {"first"}
+    assert load_config(run / "config.yaml").data.revision == "first"
+    code, _, _, err = run_main(*hub_data, "train.steps=12", "data.revision=second")
+    assert code == 2
+    assert "the text or its tokens changed" in err
 
 
 def test_a_prolonged_run_does_not_keep_the_old_results_while_it_runs(run_main, monkeypatch):

@@ -91,6 +91,22 @@ def test_micro_batch_and_zero_stage_change_neither_samples_nor_losses(run_main, 
             assert line["optim/grad_norm"] == pytest.approx(other_line["optim/grad_norm"], rel=1e-4)
 
 
+def test_named_validation_texts_have_losses_of_their_own(run_main, tmp_path):
+    held_out, other = tmp_path / "held_out.txt", tmp_path / "other.txt"
+    held_out.write_text("return self\n" * 100)
+    other.write_text("ZZZZ qqqq\n" * 100)
+    sources = [f"data.extra_validation.same={held_out}", f"data.extra_validation.other={other}"]
+    _, run, _, _ = run_main(f"data.validation={held_out}", *sources)
+    evaluations = [line for line in read_lines(run) if "eval/loss" in line]
+    assert len(evaluations) == 2
+    for line in evaluations:
+        assert line["eval/same/loss"] == line["eval/loss"]
+        assert line["eval/same/bits_per_byte"] == line["eval/bits_per_byte"]
+        assert line["eval/other/loss"] != line["eval/loss"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["final_eval_loss"] == evaluations[-1]["eval/loss"]
+
+
 @pytest.mark.parametrize("capacity_factor", ["null", "0.5"])
 def test_evaluation_is_pure_dropless_cross_entropy_and_leaves_training_untouched(run_main, capacity_factor):
     capacity = f"moe.capacity_factor={capacity_factor}"

@@ -4,14 +4,12 @@ import json
 
 import pytest
 
-from moe.config import parse_config
-from moe.data import corpus
-from moe.data.corpus import open_corpus
-from tests.support.corpora import corpus_config
+from moe.data.corpus import open_corpus, split_of
+from tests.support.corpora import corpus_config, documents_of
 
 
-def test_stdlib_holds_code_and_prose_split_by_file_without_overlap():
-    documents = list(open_corpus(parse_config({}).data).read())
+def test_stdlib_holds_code_and_prose_split_by_file_without_overlap(tmp_path):
+    documents = documents_of(tmp_path, source="stdlib")
     train = {document.text for document in documents if document.split == "train"}
     validation = {document.text for document in documents if document.split == "validation"}
     assert not train & validation
@@ -27,17 +25,23 @@ def test_stdlib_holds_code_and_prose_split_by_file_without_overlap():
 
 
 def test_the_side_of_a_file_is_fixed_by_its_name_alone():
-    held_out = [name for name in (f"file{i}.py" for i in range(60)) if corpus._split(name) == "validation"]
+    held_out = [name for name in (f"file{i}.py" for i in range(60)) if split_of(name, 0.05) == "validation"]
     assert held_out == ["file3.py", "file6.py", "file15.py", "file32.py", "file33.py", "file46.py"]
-    sides = [corpus._split(f"file{i}.py") for i in range(4000)]
-    assert 0.035 < sides.count("validation") / 4000 < 0.065
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.05, 0.3, 0.73])
+def test_the_held_out_share_is_the_one_that_was_asked_for_and_a_larger_one_holds_the_smaller(share):
+    names = [f"file{i}.py" for i in range(40_000)]
+    held_out = {name for name in names if split_of(name, share) == "validation"}
+    assert abs(len(held_out) / 40_000 - share) < 0.01
+    assert held_out <= {name for name in names if split_of(name, share + 0.1) == "validation"}
 
 
 def test_globs_and_folders_read_every_file(tmp_path):
     for i in range(25):
         (tmp_path / f"part{i}.txt").write_text(f"text of part {i} " * 20)
     for source in (tmp_path, tmp_path / "*.txt"):
-        documents = list(open_corpus(corpus_config(tmp_path, source=str(source)).data).read())
+        documents = list(documents_of(tmp_path, source=str(source)))
         assert len(documents) == 25
         assert {document.split for document in documents} == {"train", "validation"}
 
@@ -49,8 +53,9 @@ def test_names_decide_the_split_so_they_are_part_of_the_fingerprint(tmp_path):
         folder.mkdir()
         for i in range(60):
             (folder / f"{prefix}{i:02}.txt").write_text(f"the same text {i} " * 20)
-        source = open_corpus(corpus_config(tmp_path, source=str(folder)).data)
-        found.append((source.fingerprint, [document.split for document in source.read()]))
+        splits = [document.split for document in documents_of(tmp_path, source=str(folder))]
+        data = corpus_config(tmp_path, source=str(folder)).data
+        found.append((open_corpus(data, tmp_path).fingerprint, splits))
     assert found[0][1] != found[1][1]
     assert found[0][0] != found[1][0]
 
@@ -59,7 +64,7 @@ def test_files_of_one_name_in_many_folders_are_split_and_copies_are_read_once(tm
     for i in range(60):
         (tmp_path / f"p{i}").mkdir()
         (tmp_path / f"p{i}" / "README.md").write_text(f"readme {i % 50} " * 20)
-    documents = list(open_corpus(corpus_config(tmp_path, source=str(tmp_path)).data).read())
+    documents = list(documents_of(tmp_path, source=str(tmp_path)))
     assert len(documents) == len({document.text for document in documents}) == 50
     assert {document.split for document in documents} == {"train", "validation"}
 
@@ -71,7 +76,7 @@ def test_files_of_one_name_in_many_folders_are_split_and_copies_are_read_once(tm
 )
 def test_the_tail_is_a_twentieth_with_or_without_newlines(tmp_path, text):
     (tmp_path / "t.txt").write_text(text)
-    train, validation = open_corpus(corpus_config(tmp_path, source=str(tmp_path / "t.txt")).data).read()
+    train, validation = documents_of(tmp_path, source=str(tmp_path / "t.txt"))
     assert train.text + validation.text == text
     assert 0.03 < len(validation.text) / len(text) < 0.16
 
@@ -79,12 +84,12 @@ def test_the_tail_is_a_twentieth_with_or_without_newlines(tmp_path, text):
 def test_suffixes_are_read_in_any_case_and_ndjson_is_json(tmp_path):
     for name in ("UP.JSONL", "x.ndjson"):
         (tmp_path / name).write_text("".join(json.dumps({"text": f"record {i}"}) + "\n" for i in range(50)))
-        documents = list(open_corpus(corpus_config(tmp_path, source=str(tmp_path / name)).data).read())
+        documents = list(documents_of(tmp_path, source=str(tmp_path / name)))
         assert documents[0].text == "record 0"
 
 
 def test_one_text_file_gives_its_tail_to_validation(tmp_path, text_file):
-    train, validation = open_corpus(corpus_config(tmp_path, source=str(text_file)).data).read()
+    train, validation = documents_of(tmp_path, source=str(text_file))
     assert train.text + validation.text == text_file.read_text()
     assert (train.split, validation.split) == ("train", "validation")
     assert 0.04 < len(validation.text) / len(train.text) < 0.07
@@ -114,7 +119,7 @@ def test_a_hub_dataset_is_read_by_name_with_its_own_validation_split(monkeypatch
         "load_dataset",
         lambda path, split, streaming, **_: real_load(str(folder), split=split, streaming=streaming),
     )
-    documents = list(open_corpus(corpus_config(tmp_path, source="someone/poems").data).read())
+    documents = list(documents_of(tmp_path, source="someone/poems"))
     assert sum(document.split == "validation" for document in documents) == 5
     assert all(document.text.startswith(document.split) for document in documents)
     assert len(documents) == 35

@@ -1,14 +1,15 @@
 """Text becomes tokens once, all of it, and the cache knows whether it still fits."""
 
 import json
+import os
+import time
 
 import numpy as np
 import pytest
 
 from moe.config import ConfigError, parse_config
-from moe.data.corpus import open_corpus
 from moe.data.token_cache import cache_folder, prepare_corpus
-from tests.support.corpora import corpus_config
+from tests.support.corpora import corpus_config, documents_of, prepared_folder
 
 
 def decode(prepared, split):
@@ -26,7 +27,7 @@ def test_records_of_every_local_format_become_the_same_tokens(tmp_path, suffix):
     writer(path)
     prepared = prepare_corpus(corpus_config(tmp_path / "cache", source=str(path), text_field="body"))
     parts = decode(prepared, prepared.train).split("<|endoftext|>")[:-1]
-    parts += decode(prepared, prepared.validation).split("<|endoftext|>")[:-1]
+    parts += decode(prepared, prepared.validation.tokens).split("<|endoftext|>")[:-1]
     assert sorted(parts) == sorted(texts)
 
 
@@ -42,7 +43,7 @@ def test_a_stream_reads_only_what_the_run_needs_and_a_longer_run_keeps_the_prefi
     assert 20 * 2 * 16 < len(short.train) < 20 * 2 * 16 + 1000
     assert np.array_equal(longer.train[: len(short.train)], short.train)
     assert len(longer.train) > 60 * 2 * 16
-    assert np.array_equal(longer.validation, short.validation)
+    assert np.array_equal(longer.validation.tokens, short.validation.tokens)
     assert longer.fingerprint == short.fingerprint
 
 
@@ -67,7 +68,7 @@ def test_documents_end_with_the_end_token_and_decode_to_their_text(tmp_path):
     prepared = prepare_corpus(corpus_config(tmp_path / "c", source=str(path), tokenizer="bpe:300"))
     end = prepared.tokenizer.token_to_id(prepared.end_token)
     documents, current = [], []
-    for split in (prepared.train, prepared.validation):
+    for split in (prepared.train, prepared.validation.tokens):
         for token in split.tolist():
             if token == end:
                 documents.append(prepared.tokenizer.decode(current))
@@ -79,19 +80,19 @@ def test_documents_end_with_the_end_token_and_decode_to_their_text(tmp_path):
 
 def test_bytes_per_token_is_that_of_the_validation_text(tmp_path, text_file):
     prepared = prepare_corpus(corpus_config(tmp_path, source=str(text_file)))
-    _, validation = open_corpus(corpus_config(tmp_path, source=str(text_file)).data).read()
+    _, validation = documents_of(tmp_path, source=str(text_file))
     size = len(validation.text.encode())
-    assert prepared.validation_bytes_per_token == size / (size + 1)  # one end token
+    assert prepared.validation.bytes_per_token == size / (size + 1)  # one end token
 
 
 def test_the_domain_of_every_document_is_kept(tmp_path, text_file):
     config = corpus_config(tmp_path / "c", source=str(text_file))
     prepare_corpus(config)
-    (folder,) = (tmp_path / "c").iterdir()
-    starts = np.load(folder / "train.documents.npy")
+    folder = prepared_folder(tmp_path / "c")
+    documents = np.fromfile(folder / "train.documents.bin", dtype=np.int64)
     meta = json.loads((folder / "meta.json").read_text())
-    assert starts.tolist() == [[0, 0]]
-    assert meta["train"]["domains"] == ["text"]
+    assert documents.tolist() == [0, 0]
+    assert meta["splits"]["train"]["domains"] == ["text"]
 
 
 def test_a_failed_build_leaves_nothing_in_the_cache(tmp_path):
@@ -99,18 +100,86 @@ def test_a_failed_build_leaves_nothing_in_the_cache(tmp_path):
     source.write_text("too short")
     with pytest.raises(ConfigError, match=r"data.seq_len: 16 is longer than the"):
         prepare_corpus(corpus_config(tmp_path / "c", source=str(source)))
-    assert list((tmp_path / "c").iterdir()) == []
+    assert {path.name for path in (tmp_path / "c").iterdir()} <= {"locks", "hashes"}
 
 
 def test_a_damaged_cache_is_refused_by_name(tmp_path, text_file):
     config = corpus_config(tmp_path / "c", source=str(text_file))
     prepare_corpus(config)
-    (folder,) = (tmp_path / "c").iterdir()
+    folder = prepared_folder(tmp_path / "c")
     (folder / "train.bin").write_bytes(b"short")
     with pytest.raises(ConfigError, match=f"{folder} is damaged; delete"):
         prepare_corpus(config)
 
 
+def test_validation_text_of_ones_own_leaves_all_of_the_source_for_training(tmp_path):
+    source, held_out = tmp_path / "a.txt", tmp_path / "held_out.txt"
+    source.write_text("training words\n" * 100)
+    held_out.write_text("other words\n" * 30)
+    prepared = prepare_corpus(corpus_config(tmp_path / "c", source=str(source), validation=str(held_out)))
+    assert decode(prepared, prepared.train) == source.read_text() + "<|endoftext|>"
+    assert decode(prepared, prepared.validation.tokens) == held_out.read_text() + "<|endoftext|>"
+
+
+def test_of_a_validation_dataset_with_a_validation_split_only_that_is_used(tmp_path):
+    import datasets
+
+    tables = {
+        split: datasets.Dataset.from_dict({"text": [f"{split} {i} " * 9 for i in range(9)]})
+        for split in ("train", "validation")
+    }
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    (tmp_path / "a.txt").write_text("training words\n" * 100)
+    prepared = prepare_corpus(
+        corpus_config(tmp_path / "c", source=str(tmp_path / "a.txt"), validation=str(tmp_path / "saved"))
+    )
+    text = decode(prepared, prepared.validation.tokens)
+    assert text.count("<|endoftext|>") == 9
+    assert "train" not in text
+
+
+def test_further_validation_texts_are_tokenized_alike_and_change_nothing_else(tmp_path):
+    source, other = tmp_path / "a.txt", tmp_path / "other.jsonl"
+    source.write_text("training words\n" * 200)
+    other.write_text("".join(json.dumps({"text": f"other words {i}"}) + "\n" for i in range(20)))
+    settings = {"source": str(source), "tokenizer": "bpe:260"}
+    plain = prepare_corpus(corpus_config(tmp_path / "c", **settings))
+    stamps = {path: path.stat().st_mtime_ns for path in prepared_folder(tmp_path / "c").iterdir()}
+    both = prepare_corpus(corpus_config(tmp_path / "c", **settings, extra_validation={"other": str(other)}))
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert both.fingerprint == plain.fingerprint
+    assert both.tokenizer.to_str() == plain.tokenizer.to_str()
+    text = "".join(f"other words {i}<|endoftext|>" for i in range(20))
+    tokens = both.extra_validation["other"]
+    assert decode(both, tokens.tokens) == text
+    size = len(text.replace("<|endoftext|>", ""))
+    assert tokens.bytes_per_token == size / len(tokens.tokens)
+
+
+def test_files_that_did_not_change_are_not_read_again(tmp_path):
+    source, config = tmp_path / "a.txt", corpus_config(tmp_path / "c", source=str(tmp_path / "a.txt"))
+    source.write_text("some words\n" * 200)
+    an_hour_ago = time.time() - 3600
+    os.utime(source, (an_hour_ago, an_hour_ago))
+    first = prepare_corpus(config)
+    source.write_text("SOME WORDS\n" * 200)
+    os.utime(source, (an_hour_ago, an_hour_ago))
+    assert prepare_corpus(config).fingerprint == first.fingerprint
+    os.utime(source, (an_hour_ago + 1, an_hour_ago + 1))
+    assert prepare_corpus(config).fingerprint != first.fingerprint
+
+
+def test_a_file_that_has_just_changed_is_read_again(tmp_path):
+    """It may change once more within the same tick of the file system's clock."""
+    source, config = tmp_path / "a.txt", corpus_config(tmp_path / "c", source=str(tmp_path / "a.txt"))
+    source.write_text("some words\n" * 200)
+    stamp = source.stat().st_mtime_ns
+    first = prepare_corpus(config)
+    source.write_text("SOME WORDS\n" * 200)
+    os.utime(source, ns=(stamp, stamp))
+    assert prepare_corpus(config).fingerprint != first.fingerprint
+
+
 def test_cache_folder_follows_the_users_choice(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder(parse_config({})) == tmp_path / "gatework"
+    assert cache_folder(parse_config({}).data) == tmp_path / "gatework"

@@ -45,7 +45,7 @@ def test_a_tokenizer_is_trained_on_training_text_only(tmp_path):
     prepared = prepare_corpus(
         corpus_config(tmp_path / "c", source=str(tmp_path / "text.txt"), tokenizer="bpe:300")
     )
-    assert prepared.tokenizer.decode(prepared.validation.tolist()).count("zyxwv") == 250
+    assert prepared.tokenizer.decode(prepared.validation.tokens.tolist()).count("zyxwv") == 250
     assert "zyxwv" not in prepared.tokenizer.decode(prepared.train.tolist())
     assert len(prepared.tokenizer.encode("zyxwv").ids) == 5
 

@@ -2,7 +2,7 @@
 
 from moe.accounting.counts import count_parameters
 from moe.config import parse_config
-from moe.runs.summary import summarize
+from moe.runs.summary import overfitting, summarize
 
 
 def test_the_final_losses_are_the_last_ones_not_the_best():
@@ -22,3 +22,22 @@ def test_the_final_losses_are_the_last_ones_not_the_best():
     assert summary["wall_s"] == 30.0
     assert summary["tokens_per_s"] == 64.0  # tokens a step over the mean of its seconds
     assert summary["cost"]["device_hours"] == 60 / 3600
+
+
+def curve(train, validation):
+    lines = []
+    for step, (loss, held_out) in enumerate(zip(train, validation, strict=True), 1):
+        lines += [{"step": step * 10, "loss/lm": loss}, {"step": step * 10, "eval/loss": held_out}]
+    return lines
+
+
+def test_a_validation_loss_that_rises_while_the_training_loss_falls_is_named():
+    warning = overfitting(curve([5.0, 3.0, 1.0, 0.5], [5.0, 3.5, 3.75, 4.25]))
+    assert warning is not None
+    assert warning.startswith("the validation loss was lowest at step 20 (3.5000) and rose to 4.2500 ")
+
+
+def test_other_curves_are_no_overfitting():
+    assert overfitting(curve([5.0, 3.0, 1.0], [5.0, 3.5, 3.4])) is None
+    assert overfitting(curve([5.0, 3.0, 2.0], [5.0, 3.5, 3.505])) is None  # noise
+    assert overfitting(curve([5.0, 3.0, 6.0], [5.0, 3.5, 6.5])) is None  # both rise: it diverged

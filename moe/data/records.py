@@ -1,0 +1,126 @@
+"""Reading records from files: JSON lines, JSON, CSV, TSV, Parquet and saved datasets, one at a time."""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TextIO
+
+from moe.config import ConfigError, DataConfig, first_line
+from moe.data.chat import render_chat
+from moe.data.files import PIECE, kind_of, open_text
+
+csv.field_size_limit(sys.maxsize)
+_LARGEST_VALUE = 2**26  # characters of one record in a JSON file
+
+
+class BadRecord(NamedTuple):
+    """A record without text.
+
+    Attributes:
+        where: its file or split and its number, from 1.
+        problem: what is wrong with it.
+    """
+
+    where: str
+    problem: str
+
+
+def texts_of_file(path: str, data: DataConfig) -> Iterator[str | BadRecord]:
+    """The text of each record of a file.
+
+    Raises:
+        ConfigError: the file as a whole cannot be read.
+    """
+    return texts(_records(path, data), os.path.basename(path), data)
+
+
+def texts(records: Iterator[Any], origin: str, data: DataConfig) -> Iterator[str | BadRecord]:
+    """The text of each record; `origin` says where they come from."""
+    for number, record in enumerate(records, 1):
+        where = f"{origin}, record {number}"
+        if isinstance(record, json.JSONDecodeError):
+            yield BadRecord(where, f"is not JSON ({record.msg})")
+        elif not isinstance(record, dict):
+            yield BadRecord(where, f"is {_type_name(record)}, not an object with fields")
+        elif data.text_field not in record:
+            names = ", ".join(sorted(map(str, record)))
+            yield BadRecord(where, f"no field {data.text_field!r}; the records have {names}")
+        else:
+            value = record[data.text_field]
+            text = render_chat(value) if isinstance(value, list) else value
+            if isinstance(text, str):
+                yield text
+            else:
+                problem = "null" if value is None else f"{_type_name(value)}, not text"
+                yield BadRecord(where, f"field {data.text_field!r} is {problem}")
+
+
+def _records(path: str, data: DataConfig) -> Iterator[Any]:
+    """The records; in the place of one that is not JSON, the error."""
+    kind = kind_of(path)
+    if kind == "parquet":
+        yield from _parquet(path)
+        return
+    with open_text(path, data.encoding, newline="" if kind in ("csv", "tsv") else None) as file:
+        if kind == "json lines":
+            yield from _json_lines(file)
+        elif kind == "json":
+            yield from _json(path, file)
+        else:
+            try:
+                yield from csv.DictReader(file, delimiter="\t" if kind == "tsv" else ",")
+            except csv.Error as error:
+                raise ConfigError("data.source", f"{path} cannot be read as {kind} ({error})") from None
+
+
+def _json_lines(file: TextIO) -> Iterator[Any]:
+    for line in file:
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                yield error
+
+
+def _json(path: str, file: TextIO) -> Iterator[Any]:
+    """The elements of an array, or values one after the other; a value is held at a time, not the file."""
+    decoder, text, at = json.JSONDecoder(), file.read(PIECE), 0
+    separators = " \t\r\n"
+    if text.lstrip().startswith("["):
+        text, separators = text.lstrip()[1:], separators + ","
+    while True:
+        while at < len(text) and text[at] in separators:
+            at += 1
+        if text.startswith("]", at):
+            return
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:  # its end may not have been read yet
+            text, at = text[at:], 0
+            more = file.read(max(PIECE, len(text)))
+            if not more and not text:
+                return
+            if not more or len(text) > _LARGEST_VALUE:
+                raise ConfigError("data.source", f"{path} is not JSON ({first_line(error)})") from None
+            text += more
+        else:
+            yield value
+
+
+def _parquet(path: str) -> Iterator[Any]:
+    import pyarrow.parquet  # with datasets, which takes a second
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise ConfigError(
+            "data.source", f"{path} cannot be read as parquet ({first_line(error)[:200]})"
+        ) from None
+
+
+def _type_name(value: Any) -> str:
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return names.get(type(value), "an object" if isinstance(value, dict) else "text")
