@@ -7,6 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
+from multiprocessing import forkserver
 from pathlib import Path
 
 from tests.support.paths import ROOT
@@ -75,8 +76,12 @@ def _lines(data: Path, tests: list[str]) -> dict[str, dict[int, list[int]]]:
 
 
 def pytest_runtest_setup() -> None:
-    """Let coverage start in every process that a test starts; `record` makes this module a pytest plugin."""
+    """Let coverage start in every process that a test starts; `record` makes this module a pytest plugin.
+
+    Processes are forked from one that has the environment, and so the name of the test, of when it started.
+    """
     os.environ["COVERAGE_PROCESS_START"] = str(_CONFIG)
+    forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _tests_of(context: str, of_module: dict[str, list[str]]) -> list[str]:
