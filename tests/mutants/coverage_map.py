@@ -1,5 +1,6 @@
 """Which tests run which lines, and how long they take; recorded once."""
 
+import ast
 import json
 import os
 import re
@@ -31,12 +32,27 @@ class CoverageMap:
     def tests_of(self, file: str, lines: Iterable[int]) -> list[str]:
         """The tests that run any of these lines, fast ones first.
 
-        Lines that run at import alone, such as a constant, belong to all tests that run the file.
+        Lines outside of functions run when the file is imported, before any test: they belong to all tests
+        that run the file.
         """
         of_file: dict[str, list[int]] = self._lines.get(file, {})
+        if not _lines_of_functions(ROOT / file).issuperset(lines):
+            lines = map(int, of_file)
         places = {place for line in lines for place in of_file.get(str(line), [])}
-        places = places or {place for of_line in of_file.values() for place in of_line}
         return sorted((self._tests[place] for place in places), key=lambda test: self.seconds[test])
+
+
+def _lines_of_functions(path: Path) -> set[int]:
+    functions = (
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    )
+    return {
+        line
+        for function in functions
+        for line in range(function.body[0].lineno, (function.end_lineno or function.lineno) + 1)
+    }
 
 
 def record(path: Path) -> None:
