@@ -30,6 +30,12 @@ def test_the_paired_interval_is_that_of_the_paired_t_test():
 
 def test_seeds_that_only_one_side_has_do_not_count():
     assert paired_difference(RUNS | {9: 99.0}, BASE) == paired_difference(RUNS, BASE)
+    assert paired_difference({-1: 99.0} | RUNS, BASE) == paired_difference(RUNS, BASE)
+
+
+def test_runs_are_paired_by_seed_in_whatever_order_they_come():
+    backwards = dict(reversed(RUNS.items()))
+    assert paired_difference(backwards, BASE) == paired_difference(RUNS, BASE)
 
 
 def test_the_mean_of_three_values_by_hand():

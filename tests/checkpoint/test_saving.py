@@ -1,6 +1,8 @@
 """What is saved is read back, all of it or nothing."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +96,23 @@ def test_a_write_that_was_cut_short_is_invisible_and_cleaned_by_the_next(tmp_pat
     save(tmp_path, 2)
     assert newest(tmp_path)[0].step == 2
     assert names_in(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_all_files_are_on_the_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
+    flushed, real_rename = [], Path.rename
+    monkeypatch.setattr(
+        "moe.checkpoint.saving.os.fsync",
+        lambda descriptor: flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}"))),
+    )
+
+    def rename(path, target):
+        assert {*path.iterdir(), path} <= set(flushed)
+        return real_rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    final = save(tmp_path, 1)
+    assert flushed[-1] == tmp_path  # and the name itself
+    assert len(list(final.glob("*.safetensors"))) > 1
 
 
 def test_left_overs_of_killed_runs_are_invisible_and_cleaned_by_the_next_save(tmp_path):

@@ -1,5 +1,6 @@
 """Which tests run which lines, and how long they take; recorded once."""
 
+import ast
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
+from multiprocessing import forkserver
 from pathlib import Path
 
 from tests.support.paths import ROOT
@@ -30,12 +32,27 @@ class CoverageMap:
     def tests_of(self, file: str, lines: Iterable[int]) -> list[str]:
         """The tests that run any of these lines, fast ones first.
 
-        Lines that run at import alone, such as a constant, belong to all tests that run the file.
+        Lines outside of functions run when the file is imported, before any test: they belong to all tests
+        that run the file.
         """
         of_file: dict[str, list[int]] = self._lines.get(file, {})
+        if not _lines_of_functions(ROOT / file).issuperset(lines):
+            lines = map(int, of_file)
         places = {place for line in lines for place in of_file.get(str(line), [])}
-        places = places or {place for of_line in of_file.values() for place in of_line}
         return sorted((self._tests[place] for place in places), key=lambda test: self.seconds[test])
+
+
+def _lines_of_functions(path: Path) -> set[int]:
+    functions = (
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    )
+    return {
+        line
+        for function in functions
+        for line in range(function.body[0].lineno, (function.end_lineno or function.lineno) + 1)
+    }
 
 
 def record(path: Path) -> None:
@@ -75,8 +92,12 @@ def _lines(data: Path, tests: list[str]) -> dict[str, dict[int, list[int]]]:
 
 
 def pytest_runtest_setup() -> None:
-    """Let coverage start in every process that a test starts; `record` makes this module a pytest plugin."""
+    """Let coverage start in every process that a test starts; `record` makes this module a pytest plugin.
+
+    Processes are forked from one that has the environment, and so the name of the test, of when it started.
+    """
     os.environ["COVERAGE_PROCESS_START"] = str(_CONFIG)
+    forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _tests_of(context: str, of_module: dict[str, list[str]]) -> list[str]:
@@ -97,11 +118,17 @@ def _without_group(test: str) -> str:
 
 
 def _seconds(junit: Path) -> dict[str, float]:
-    """How long each test took that passed."""
-    return {
-        _without_group(f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}"): float(
-            case.attrib["time"]
-        )
-        for case in ElementTree.parse(junit).iter("testcase")
-        if case.find("failure") is None and case.find("error") is None
-    }
+    """How long each test took that passed; tests of one group share a fixture, which any of them may make."""
+    seconds: dict[str, float] = {}
+    slowest: dict[str, float] = {}
+    for case in ElementTree.parse(junit).iter("testcase"):
+        if case.find("failure") is None and case.find("error") is None:
+            test = f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}"
+            seconds[test] = float(case.attrib["time"])
+            slowest[_group(test)] = max(seconds[test], slowest.get(_group(test), 0.0))
+    return {_without_group(test): slowest[_group(test)] for test in seconds}
+
+
+def _group(test: str) -> str:
+    """What `_without_group` removes; a test without a group is its own."""
+    return test.removeprefix(_without_group(test)) or test

@@ -30,7 +30,6 @@ from tests.support.paths import ROOT
 
 WORK = ROOT / ".mutants"
 MAP, RESULTS = WORK / "map.json", WORK / "results.jsonl"
-TIMEOUT_S = 1200.0
 
 
 def main() -> None:
@@ -108,14 +107,16 @@ def _plant(mutant: Mutant, coverage: CoverageMap, copy: Path) -> dict[str, Any]:
     mutant.apply(copy)
     started = time.monotonic()
     try:
-        outcome, by = _run_tests(tests, copy)
+        outcome, by = _run_tests(
+            tests, copy, timeout_s=600 + 2 * sum(coverage.seconds[test] for test in tests)
+        )
     finally:
         (copy / mutant.file).write_text(original, encoding="utf-8")
     seconds = time.monotonic() - started
     return {"mutant": asdict(mutant), "outcome": outcome, "by": by, "tests": len(tests), "seconds": seconds}
 
 
-def _run_tests(tests: list[str], copy: Path) -> tuple[str, str]:
+def _run_tests(tests: list[str], copy: Path, timeout_s: float) -> tuple[str, str]:
     """Whether one of the tests fails (caught), hangs (timeout) or none does (survived), and which."""
     if not tests:
         return "survived", "no test runs these lines"
@@ -130,7 +131,7 @@ def _run_tests(tests: list[str], copy: Path) -> tuple[str, str]:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
-        printed, _ = process.communicate(timeout=TIMEOUT_S)
+        printed, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         return "timeout", ""
     finally:
