@@ -74,7 +74,7 @@ def parse_config(values: Any) -> Config:
         ConfigError: naming the first offending dotted key.
     """
     try:
-        return Config.model_validate_json(json.dumps(values, default=str), strict=True)
+        return Config.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         raise _one_line(error) from None
 

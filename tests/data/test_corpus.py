@@ -60,6 +60,18 @@ def test_names_decide_the_split_so_they_are_part_of_the_fingerprint(tmp_path):
     assert found[0][0] != found[1][0]
 
 
+def test_a_folder_that_moves_keeps_its_split_and_its_fingerprint(tmp_path):
+    found = []
+    for place in ("here", "there/below"):
+        folder = tmp_path / place / "texts"
+        folder.mkdir(parents=True)
+        for i in range(60):
+            (folder / f"{i:02}.txt").write_text(f"text {i} " * 20)
+        source = open_corpus(corpus_config(tmp_path, source=str(folder)).data)
+        found.append((source.fingerprint, [document.split for document in source.read()]))
+    assert found[0] == found[1]
+
+
 def test_files_of_one_name_in_many_folders_are_split_and_copies_are_read_once(tmp_path):
     for i in range(60):
         (tmp_path / f"p{i}").mkdir()
