@@ -67,8 +67,9 @@ def test_a_folder_that_moves_keeps_its_split_and_its_fingerprint(tmp_path):
         folder.mkdir(parents=True)
         for i in range(60):
             (folder / f"{i:02}.txt").write_text(f"text {i} " * 20)
-        source = open_corpus(corpus_config(tmp_path, source=str(folder)).data)
-        found.append((source.fingerprint, [document.split for document in source.read()]))
+        source = open_corpus(corpus_config(tmp_path, source=str(folder)).data, tmp_path)
+        splits = [document.split for document in documents_of(tmp_path, source=str(folder))]
+        found.append((source.fingerprint, splits))
     assert found[0] == found[1]
 
 
