@@ -78,11 +78,14 @@ def test_documents_end_with_the_end_token_and_decode_to_their_text(tmp_path):
     assert sorted(documents) == sorted(texts)
 
 
-def test_bytes_per_token_is_that_of_the_validation_text(tmp_path, text_file):
-    prepared = prepare_corpus(corpus_config(tmp_path, source=str(text_file)))
-    _, validation = documents_of(tmp_path, source=str(text_file))
-    size = len(validation.text.encode())
-    assert prepared.validation.bytes_per_token == size / (size + 1)  # one end token
+def test_bytes_per_token_is_that_of_the_validation_text(tmp_path):
+    (tmp_path / "a.txt").write_text("Grüße aus 日本 🎉\n" * 200, encoding="utf-8")
+    prepared = prepare_corpus(corpus_config(tmp_path, source=str(tmp_path / "a.txt"), tokenizer="bpe:260"))
+    _, validation = documents_of(tmp_path, source=str(tmp_path / "a.txt"))
+    ids = prepared.tokenizer.encode(validation.text, add_special_tokens=False).ids
+    line = 24  # bytes: two letters take 2, two 3, and one 4
+    tokens = len(ids) + 1  # and the end token
+    assert prepared.validation.bytes_per_token == validation.text.count("\n") * line / tokens
 
 
 def test_the_domain_of_every_document_is_kept(tmp_path, text_file):
@@ -128,7 +131,7 @@ def test_of_a_validation_dataset_with_a_validation_split_only_that_is_used(tmp_p
         split: datasets.Dataset.from_dict({"text": [f"{split} {i} " * 9 for i in range(9)]})
         for split in ("train", "validation")
     }
-    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(**tables).save_to_disk(tmp_path / "saved")
     (tmp_path / "a.txt").write_text("training words\n" * 100)
     prepared = prepare_corpus(
         corpus_config(tmp_path / "c", source=str(tmp_path / "a.txt"), validation=str(tmp_path / "saved"))

@@ -99,6 +99,30 @@ def test_a_fast_path_equals_the_definition_with_every_gradient(path, dtype, widt
         assert_close(got.to(dtype), wanted, name)
 
 
+@pytest.mark.parametrize("path", FAST)
+def test_choices_are_summed_in_fp32_also_in_bf16(path):
+    """One token, and experts that give 256, 1 and 1: 258 is a bf16 number, but in bf16 256 + 1 is 256."""
+    indices = torch.tensor([[0, 1, 2]])
+    gates = torch.tensor([[256.0, 1.0, 1.0]])
+    weights = [torch.zeros(3, 8, 8, dtype=torch.bfloat16) for _ in range(3)]
+    for weight, value in zip(weights, (16.0, 1 / 16, 1.0), strict=True):
+        weight[:, 0, 0] = value  # silu(16) / 16 is 1 in bf16
+    tokens = torch.zeros(1, 8, dtype=torch.bfloat16)
+    tokens[0, 0] = 1
+    permutation = plan_permutation(indices, count_assignments(indices, 3))
+    output = grouped_swiglu(tokens.requires_grad_(), gates, weights, permutation, path)
+    assert output[0].tolist() == [258.0] + [0.0] * 7
+
+
+@pytest.mark.usefixtures("_either_arithmetic")
+def test_the_gradient_of_a_gate_is_summed_in_fp32_also_in_bf16():
+    """It is a sum of 257 ones, and 257 is no bf16 number."""
+    gate = torch.full((1, 257), 16.0, dtype=torch.bfloat16)
+    up, one = torch.full_like(gate, 1 / 16), torch.ones(1, 1, dtype=torch.bfloat16)
+    *_, scale_grad = activation.activate_backward(gate, up, one, torch.ones_like(gate))
+    assert scale_grad.item() == pytest.approx(257, abs=1e-3)
+
+
 def test_the_definition_is_the_sum_over_choices_of_gate_times_expert():
     """Two tokens, two experts of width 1, by hand: silu(x g) (x u) d."""
     indices, gates = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
