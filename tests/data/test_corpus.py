@@ -94,6 +94,13 @@ def test_the_tail_is_a_twentieth_with_or_without_newlines(tmp_path, text):
     assert 0.03 < len(validation.text) / len(text) < 0.16
 
 
+@pytest.mark.parametrize("share", [0.01, 0.3])
+def test_the_tail_is_the_share_that_was_asked_for(tmp_path, share):
+    (tmp_path / "t.txt").write_text("line\n" * 40_000)
+    _, validation = documents_of(tmp_path, source=str(tmp_path / "t.txt"), validation_share=share)
+    assert len(validation.text) == pytest.approx(share * 200_000, abs=5)
+
+
 def test_suffixes_are_read_in_any_case_and_ndjson_is_json(tmp_path):
     for name in ("UP.JSONL", "x.ndjson"):
         (tmp_path / name).write_text("".join(json.dumps({"text": f"record {i}"}) + "\n" for i in range(50)))
