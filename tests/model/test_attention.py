@@ -92,3 +92,14 @@ def test_positions_keep_fp32_precision_under_bf16():
     turned = apply_rotary(heads, (cos, sin))
     assert turned.dtype == torch.bfloat16
     assert not torch.equal(turned[0, 0, 2000], turned[0, 0, 2001])
+
+
+def test_rotation_of_bf16_heads_rounds_once():
+    torch.manual_seed(0)
+    heads = torch.randn(1, 2, 300, 16, dtype=torch.bfloat16)
+    cos, sin = (table.double() for table in rotary_tables(300, 16, 10_000.0, heads.device))
+    first, second = heads.double().chunk(2, dim=-1)
+    expected = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).bfloat16()
+    rotated = apply_rotary(heads, rotary_tables(300, 16, 10_000.0, heads.device))
+    assert rotated.dtype == torch.bfloat16
+    assert (rotated == expected).float().mean() > 0.999  # all but ties of the last bit

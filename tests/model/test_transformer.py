@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe.accounting.counts import count_parameters
 from moe.config import MoEConfig, load_config, parse_config
+from moe.model.attention import rotary_tables
 from moe.model.experts import SwiGLU
 from moe.model.transformer import Transformer
 from moe.training.loss import training_loss
@@ -78,6 +79,30 @@ def test_cross_entropy_alone_teaches_every_router(top_k, normalize):
     F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
     for layer in range(len(model.blocks)):
         assert gradient_of(moe_of(model, layer).router.weight).abs().max() > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_model_adds_each_part_of_a_norm_to_the_residual_and_norms_once_more_before_the_head(tied):
+    torch.manual_seed(0)
+    model = make_model(model={"tie_embeddings": tied}, moe={"first_dense_layers": 1})
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
+    tokens = torch.randint(0, 50, (2, 9))
+
+    def norm(hidden, weight):
+        return hidden / (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+    hidden = model.embedding.weight[tokens]
+    rotary = rotary_tables(9, 8, 10_000.0, tokens.device)
+    for layer in range(3):
+        block = block_of(model, layer)
+        hidden = hidden + block.attention(norm(hidden, block.attention_norm.weight), rotary)
+        result = block.ffn(norm(hidden, block.ffn_norm.weight))
+        hidden = hidden + (result if layer == 0 else result[0])
+    head = model.embedding.weight if model.head is None else model.head.weight
+    expected = norm(hidden, model.final_norm.weight) @ head.T
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_moe_layers_are_every_nth_after_the_first_dense_ones():
