@@ -39,8 +39,8 @@ def apply_rotary(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     Returns:
         (B, H, S, Q), same dtype.
     """
-    cos, sin = rotary
-    first, second = heads.to(torch.promote_types(heads.dtype, torch.float32)).chunk(2, dim=-1)
+    cos, sin = rotary  # in fp32, and so are the products with them
+    first, second = heads.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
 
 
