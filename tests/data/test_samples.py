@@ -23,6 +23,8 @@ def test_sample_ids_are_a_function_of_seed_and_step_alone():
     both = np.concatenate([sample_ids(1, step, 8, 1000, True) for step in (10, 11)])
     assert np.array_equal(sample_ids(1, 5, 16, 1000, True), both)  # step 5 of 16 is steps 10 and 11 of 8
     assert not np.array_equal(sample_ids(1, 3, 16, 1000, True), sample_ids(2, 3, 16, 1000, True))
+    # The second epoch of a seed is not the first epoch of the next seed.
+    assert not np.array_equal(sample_ids(1, 1, 1000, 1000, True), sample_ids(2, 0, 1000, 1000, True))
     assert sample_ids(0, 2, 4, 100, shuffle=False).tolist() == [8, 9, 10, 11]
 
 

@@ -38,6 +38,7 @@ def test_initial_scales_are_those_of_the_docstring():
         (ffn.experts.w_down, residual / 512**0.5),
     ):
         assert weight.std().item() == pytest.approx(std * cut, rel=0.05)
+        assert 2.5 * std < weight.abs().max() <= 3.0001 * std
     assert (block_of(model, 0).ffn_norm.weight == 1).all()
 
 

@@ -60,17 +60,20 @@ def run_plain(config, steps):
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
-@pytest.mark.parametrize("grad_clip", [0.5, 0.0])
+@pytest.mark.parametrize("grad_clip", [0.5, 0.9, 0.0])  # 0.9: some steps are clipped, and some after them not
 def test_engine_equals_plain_adamw_with_clipping(process_group, zero_stage, grad_clip):
     if grad_clip == 0.0:
         config = make_config(optim={"grad_clip": 0.0}, parallel={"zero_stage": zero_stage})
         plain_config = make_config(optim={"grad_clip": 1e9})
     else:
-        config = plain_config = make_config(parallel={"zero_stage": zero_stage})
+        config = plain_config = make_config(
+            optim={"grad_clip": grad_clip}, parallel={"zero_stage": zero_stage}
+        )
     engine = make_engine(config, process_group)
     losses, norms = run_engine(engine, config, 8)
     model, plain_losses, plain_norms = run_plain(plain_config, 8)
-    assert max(plain_norms) > 0.5, "the clipping must bite"
+    assert max(plain_norms[:3]) > grad_clip, "the clipping must bite"
+    assert grad_clip != 0.9 or min(plain_norms[3:]) < 0.9, "and then not"
     torch.testing.assert_close(losses, plain_losses, rtol=1e-5, atol=0)
     torch.testing.assert_close(norms, plain_norms, rtol=1e-4, atol=0)
     for name, parameter in engine.module.named_parameters():
