@@ -10,6 +10,7 @@ import gzip
 import io
 import lzma
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TextIO
@@ -98,7 +99,7 @@ def open_text(path: str, encoding: str, newline: str | None = None) -> Iterator[
     except UnicodeError:
         problem = f"{path} is not {encoding.removesuffix('-sig')} text"
         raise ConfigError("data.encoding", f"{problem}; name its encoding, or convert or remove it") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or "damaged"
         raise ConfigError("data.source", f"cannot read {path} ({reason})") from None
 

@@ -65,6 +65,11 @@ def test_damaged_compressed_files_are_named(tmp_path):
         path.write_bytes(compress(os.urandom(5000).hex().encode())[:2000])
         with pytest.raises(ConfigError, match=rf"data.source: cannot read .*a.txt.{suffix}"):
             list(read_source(tmp_path, source=str(path)))
+        changed = bytearray(compress(os.urandom(5000).hex().encode()))
+        changed[200:260] = bytes(60)
+        path.write_bytes(changed)
+        with pytest.raises(ConfigError, match=rf"data.source: cannot read .*a.txt.{suffix}"):
+            list(read_source(tmp_path, source=str(path)))
         path.write_bytes(b"not compressed at all")
         with pytest.raises(ConfigError, match=rf"data.source: cannot read .*a.txt.{suffix}"):
             list(read_source(tmp_path, source=str(path)))
