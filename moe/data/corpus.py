@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from moe.config import ConfigError, DataConfig, first_line
 from moe.data.files import PIECE, find_files, is_saved_dataset, kind_of, relative_names, text_pieces
 from moe.data.fingerprint import content_hash, hash_of_parts
-from moe.data.records import BadRecord, texts, texts_of_file
+from moe.data.records import BadRecord, texts_of_file, texts_of_records
 
 Split = Literal["train", "validation"]
 FEW_FILES = 20  # fewer plain-text files than this are not split by file: each one's tail is validation text
@@ -105,8 +105,8 @@ def _local(data: DataConfig, paths: list[str], cache: Path) -> Corpus:
     fingerprint = content_hash(paths, list(relative_names(paths)), cache, data.cache_timeout_s)
 
     def read() -> Iterator[Document | BadRecord]:
-        if texts := [path for path in paths if kind_of(path) == "text"]:
-            yield from _text_files(texts, data)
+        if text_paths := [path for path in paths if kind_of(path) == "text"]:
+            yield from _text_files(text_paths, data)
         for path in paths:
             if is_saved_dataset(path):
                 yield from _saved_dataset(path, data)
@@ -202,7 +202,7 @@ def _splits(parts: Any, origin: str, data: DataConfig) -> Iterator[Document | Ba
     if "validation" in parts:
         sides = {"validation": "validation", "train": "train"}
     for name, side in sides.items():
-        yield from _documents(texts(parts[name], f"{origin}, {name}", data), side, data)
+        yield from _documents(texts_of_records(parts[name], f"{origin}, {name}", data), side, data)
 
 
 def _hub(data: DataConfig) -> Corpus:

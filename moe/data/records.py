@@ -33,28 +33,35 @@ def texts_of_file(path: str, data: DataConfig) -> Iterator[str | BadRecord]:
     Raises:
         ConfigError: the file as a whole cannot be read.
     """
-    return texts(_records(path, data), os.path.basename(path), data)
+    return texts_of_records(_records(path, data), os.path.basename(path), data)
 
 
-def texts(records: Iterator[Any], origin: str, data: DataConfig) -> Iterator[str | BadRecord]:
+def texts_of_records(records: Iterator[Any], origin: str, data: DataConfig) -> Iterator[str | BadRecord]:
     """The text of each record; `origin` says where they come from."""
     for number, record in enumerate(records, 1):
-        where = f"{origin}, record {number}"
-        if isinstance(record, json.JSONDecodeError):
-            yield BadRecord(where, f"is not JSON ({record.msg})")
-        elif not isinstance(record, dict):
-            yield BadRecord(where, f"is {_type_name(record)}, not an object with fields")
-        elif data.text_field not in record:
-            names = ", ".join(sorted(map(str, record)))
-            yield BadRecord(where, f"no field {data.text_field!r}; the records have {names}")
-        else:
-            value = record[data.text_field]
-            text = render_chat(value) if isinstance(value, list) else value
-            if isinstance(text, str):
-                yield text
-            else:
-                problem = "null" if value is None else f"{_type_name(value)}, not text"
-                yield BadRecord(where, f"field {data.text_field!r} is {problem}")
+        text, problem = _text_of(record, data.text_field)
+        yield text if problem is None else BadRecord(f"{origin}, record {number}", problem)
+
+
+def _text_of(record: Any, field: str) -> tuple[str, str | None]:
+    """The text of a record, and what is wrong with it."""
+    if isinstance(record, json.JSONDecodeError):
+        return "", f"is not JSON ({record.msg})"
+    if isinstance(record, RecursionError):
+        return "", "is nested too deeply"
+    if not isinstance(record, dict):
+        return "", f"is {_type_name(record)}, not an object with fields"
+    if field not in record:
+        return "", f"no field {field!r}; the records have {', '.join(sorted(map(str, record)))}"
+    value = record[field]
+    text = render_chat(value) if isinstance(value, list) else value
+    if not isinstance(text, str):
+        return "", f"field {field!r} is {'null' if value is None else f'{_type_name(value)}, not text'}"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell it, UTF-8 cannot
+        return "", f"field {field!r} holds half of a surrogate pair, which is no character"
+    return text, None
 
 
 def _records(path: str, data: DataConfig) -> Iterator[Any]:
@@ -80,7 +87,7 @@ def _json_lines(file: TextIO) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 yield error
 
 
@@ -105,6 +112,8 @@ def _json(path: str, file: TextIO) -> Iterator[Any]:
             if not more or len(text) > _LARGEST_VALUE:
                 raise ConfigError("data.source", f"{path} is not JSON ({first_line(error)})") from None
             text += more
+        except RecursionError:
+            raise ConfigError("data.source", f"{path} is nested too deeply") from None
         else:
             yield value
 

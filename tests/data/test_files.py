@@ -65,14 +65,17 @@ def test_damaged_compressed_files_are_named(tmp_path):
         path.write_bytes(compress(os.urandom(5000).hex().encode())[:2000])
         with pytest.raises(ConfigError, match=rf"data.source: cannot read .*a.txt.{suffix}"):
             list(read_source(tmp_path, source=str(path)))
-        changed = bytearray(compress(os.urandom(5000).hex().encode()))
-        changed[200:260] = bytes(60)
-        path.write_bytes(changed)
-        with pytest.raises(ConfigError, match=rf"data.source: cannot read .*a.txt.{suffix}"):
-            list(read_source(tmp_path, source=str(path)))
         path.write_bytes(b"not compressed at all")
         with pytest.raises(ConfigError, match=rf"data.source: cannot read .*a.txt.{suffix}"):
             list(read_source(tmp_path, source=str(path)))
+
+
+def test_a_gzip_file_with_changed_bytes_is_named(tmp_path):
+    content = bytearray(gzip.compress(os.urandom(5000).hex().encode()))
+    content[200:260] = bytes(60)
+    (tmp_path / "a.txt.gz").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"data.source: cannot read .*a.txt.gz \(damaged\)"):
+        list(read_source(tmp_path, source=str(tmp_path / "a.txt.gz")))
 
 
 def test_suffixes_choose_among_the_files_of_a_mixed_folder(tmp_path):

@@ -69,9 +69,12 @@ def test_records_longer_than_a_piece_come_in_pieces(tmp_path):
         ('{"body": "x", "id": 1}', "no field 'text'; the records have body, id"),
         ('{"text": 3}', "field 'text' is a number, not text"),
         ('{"text": ["a"]}', "field 'text' is a list, not text"),
+        ('{"text": "a \\ud800 b"}', "field 'text' holds half of a surrogate pair, which is no character"),
+        ("[" * 100_000, "is nested too deeply"),
         ("[1]", "is a list, not an object with fields"),
         ('{"text": "cut', "is not JSON (Invalid control character at)"),
     ],
+    ids=lambda value: value[:30],
 )
 def test_a_bad_record_is_named_or_skipped_and_counted(tmp_path, line, problem, capsys):
     path = tmp_path / "notes.jsonl"
