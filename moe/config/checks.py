@@ -1,6 +1,5 @@
 """Checks that involve several keys of the configuration, each with the key to change and the fix."""
 
-import codecs
 import re
 from collections.abc import Iterator
 
@@ -27,15 +26,16 @@ def model_conflicts(model: ModelConfig, data: DataConfig) -> Iterator[Conflict]:
 def data_conflicts(data: DataConfig) -> Iterator[Conflict]:
     """Encodings that Python does not know, and validation text that is missing or has no usable name."""
     try:
-        codecs.lookup(data.encoding)
-    except LookupError:
+        " ".encode(data.encoding)
+    except (LookupError, ValueError):  # unknown, or a codec that is not for text, such as hex
         yield "data.encoding", f"{data.encoding!r} is no encoding that Python knows; give one such as utf-8"
     if data.validation is None and data.validation_share == 0:
         yield "data.validation_share", "0 leaves no text to evaluate on; raise it or set data.validation"
     for name in data.extra_validation:
-        if not re.fullmatch(r"[\w-]+", name) or name in ("train", "validation", "loss", "bits_per_byte"):
-            problem = f"{name!r} cannot name a validation text"
-            yield "data.extra_validation", f"{problem}; use letters, digits, _ and -, and no word of ours"
+        taken = ("train", "validation", "loss", "bits_per_byte")
+        if not re.fullmatch(r"[\w-]+", name) or name in taken:
+            fix = f"use letters, digits, _ and -, but not {', '.join(taken)}"
+            yield "data.extra_validation", f"{name!r} cannot name a validation text; {fix}"
 
 
 def expert_conflicts(model: ModelConfig, moe: MoEConfig, parallel: ParallelConfig) -> Iterator[Conflict]:

@@ -70,6 +70,7 @@ CASES = {
     "data.source=broken.txt.gz": "data.source: cannot read broken.txt.gz (damaged)",
     "data.source=mixed data.suffixes=[.md]": "data.source: folder mixed holds no .md file",
     "data.encoding=utf-99": "data.encoding: 'utf-99' is no encoding",
+    "data.encoding=hex": "data.encoding: 'hex' is no encoding",
     "data.validation_share=0": "data.validation_share: 0 leaves no text to evaluate on",
     "data.validation=missing.txt": "data.validation: no such file: missing.txt",
     "data.extra_validation.a=missing.txt": "data.extra_validation: no such file: missing.txt",
