@@ -30,7 +30,7 @@ from moe.checkpoint.saving import save_checkpoint, set_aside_newer
 from moe.config import Config, ConfigError, RunError, changed, dump_config, load_config
 from moe.config.command_line import DONE, INTERRUPTED, OneLineParser, command
 from moe.config.reference import help_text
-from moe.data.amounts import warnings
+from moe.data.amounts import corpus_warnings
 from moe.data.samples import read_samples, samples_of_step
 from moe.data.token_cache import TokenizedCorpus, prepare_corpus
 from moe.data.tokenizer import vocabulary_size
@@ -151,7 +151,7 @@ def build(run: Run) -> Engine:
     config, world, device = run.config, run.world, run.world.device.type
     world.print(f"{run.folder.path}: {len(run.corpus.train):,} training tokens, {world.size} x {device}")
     world.print(overview(config, run.counts, world.size, device))
-    for warning in warnings(config, len(run.corpus.train), len(run.corpus.validation.tokens)):
+    for warning in corpus_warnings(config, len(run.corpus.train), len(run.corpus.validation.tokens)):
         world.print(f"warning: {warning}", file=sys.stderr)
     model = Transformer(config, choose_dispatcher(world.groups, config.parallel))
     if config.train.compile:

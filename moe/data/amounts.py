@@ -46,7 +46,7 @@ def _problems(config: Config, meta: dict[str, Any], vocabulary: int) -> Iterator
             yield "data.seq_len", f"{problem}; lower it or give more text"
 
 
-def warnings(config: Config, train_tokens: int, validation_tokens: int) -> Iterator[str]:
+def corpus_warnings(config: Config, train_tokens: int, validation_tokens: int) -> Iterator[str]:
     """What a user should know about a corpus that is small for the run.
 
     Args:

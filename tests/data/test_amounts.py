@@ -3,7 +3,7 @@
 import pytest
 
 from moe.config import ConfigError, parse_config
-from moe.data.amounts import warnings
+from moe.data.amounts import corpus_warnings
 from moe.data.token_cache import prepare_corpus
 from tests.support.corpora import corpus_config
 
@@ -29,13 +29,13 @@ def settings(**train):
 
 def test_text_that_is_read_many_times_is_warned_about():
     # 100 tokens a step
-    assert list(warnings(settings(steps=40), 1000, 10_000)) == []
-    (warning,) = warnings(settings(steps=50), 1000, 10_000)
+    assert list(corpus_warnings(settings(steps=40), 1000, 10_000)) == []
+    (warning,) = corpus_warnings(settings(steps=50), 1000, 10_000)
     assert warning.startswith("train.steps=50 reads the 1,000 training tokens 5.0 times; ")
 
 
 def test_little_validation_text_is_warned_about():
-    assert list(warnings(settings(steps=40), 1000, 160)) == []
-    (warning,) = warnings(settings(steps=40), 1000, 159)
+    assert list(corpus_warnings(settings(steps=40), 1000, 160)) == []
+    (warning,) = corpus_warnings(settings(steps=40), 1000, 159)
     assert "only 159 validation tokens" in warning
-    assert list(warnings(settings(steps=40, eval_batches=1), 1000, 100)) == []  # no more was asked for
+    assert list(corpus_warnings(settings(steps=40, eval_batches=1), 1000, 100)) == []  # no more was asked for
