@@ -119,7 +119,7 @@ class DataConfig(Section):
     )
     extra_validation: dict[str, str] = Field(
         default_factory=dict,
-        description="more validation texts, {NAME: source}, each evaluated as eval/NAME/loss",
+        description="more validation texts, {NAME: source}, each evaluated as eval/NAME/loss; default none",
     )
     tokenizer: str = _key(
         "bpe:4096", "bpe:N (trained here), bytes, a tokenizer.json or a hub name", min_length=1
