@@ -67,7 +67,10 @@ def _file_hash(path: str) -> str:
 
 def _remember(known: Path, content: str) -> None:
     """Write it whole or not at all."""
-    known.parent.mkdir(parents=True, exist_ok=True)
-    scratch = known.with_name(f"{known.name}.{os.getpid()}")
-    scratch.write_text(content)
-    scratch.replace(known)
+    try:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        scratch = known.with_name(f"{known.name}.{os.getpid()}")
+        scratch.write_text(content)
+        scratch.replace(known)
+    except OSError as error:
+        raise ConfigError("data.cache_dir", f"cannot write {known} ({error.strerror})") from None
