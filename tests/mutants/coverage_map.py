@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -29,20 +28,21 @@ class CoverageMap:
         self.seconds: dict[str, float] = content["seconds"]
         self._tests, self._lines = list(self.seconds), content["lines"]
 
-    def tests_of(self, file: str, lines: Iterable[int]) -> list[str]:
+    def tests_of(self, file: str, lines: range) -> list[str]:
         """The tests that run any of these lines, fast ones first.
 
         Lines outside of functions run when the file is imported, before any test: they belong to all tests
         that run the file.
         """
         of_file: dict[str, list[int]] = self._lines.get(file, {})
-        if not _lines_of_functions(ROOT / file).issuperset(lines):
-            lines = map(int, of_file)
-        places = {place for line in lines for place in of_file.get(str(line), [])}
+        within_functions = _lines_of_functions(ROOT / file).issuperset(lines)
+        of_lines = (of_file.get(str(line), []) for line in lines) if within_functions else of_file.values()
+        places = {place for tests in of_lines for place in tests}
         return sorted((self._tests[place] for place in places), key=lambda test: self.seconds[test])
 
 
 def _lines_of_functions(path: Path) -> set[int]:
+    """The numbers of the lines in the bodies of functions."""
     functions = (
         node
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
