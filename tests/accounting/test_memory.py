@@ -10,6 +10,7 @@ import torch
 
 from moe.accounting.memory import estimate_memory
 from moe.config import load_config, parse_config
+from moe.model.attention import rotary_tables
 from moe.model.transformer import Transformer
 from tests.support.launching import free_port, stopped_at_the_end
 from tests.support.paths import ROOT, TINY
@@ -106,13 +107,9 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=[shape[0] for shape in SHAPES])
-def test_activations_are_the_tensors_that_autograd_keeps(shape, precision):
-    config = load_config(TINY, ["model.vocab_size=512", *shape, f"parallel.precision={precision}"])
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = Transformer(config).to(dtype)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+def bytes_kept(module, *inputs):
+    """Bytes of the tensors that autograd keeps of a forward pass, weights aside."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept = {}
 
     def keep(tensor):
@@ -121,9 +118,36 @@ def test_activations_are_the_tensors_that_autograd_keeps(shape, precision):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    tokens = torch.randint(0, 512, (config.train.micro_batch_size, config.data.seq_len))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(tokens)
-    assert output.logits.requires_grad
+        output = module(*inputs)
+    assert output[0].requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=[shape[0] for shape in SHAPES])
+def test_activations_are_the_tensors_that_autograd_keeps(shape, precision):
+    config = load_config(TINY, ["model.vocab_size=512", *shape, f"parallel.precision={precision}"])
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = Transformer(config).to(dtype)
+    tokens = torch.randint(0, 512, (config.train.micro_batch_size, config.data.seq_len))
+    kept = bytes_kept(model, tokens)
     # 3 %: experts that work one after the other round their rows up, by 2 % on average.
-    assert estimate_memory(config, 1, "cpu").activations == pytest.approx(sum(kept.values()), rel=0.03)
+    assert estimate_memory(config, 1, "cpu").activations == pytest.approx(kept, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("shape", "largest"),
+    [(["moe.first_dense_layers=1", "moe.top_k=6"], 1), (["moe.first_dense_layers=1", "model.d_ff=4096"], 0)],
+)
+def test_with_recomputation_one_block_at_a_time_is_whole_and_the_largest_counts(shape, largest):
+    """Of two blocks one is dense and one sparse, and it differs which of them keeps more."""
+    shape = ["model.vocab_size=512", "model.n_layers=2", *shape]
+    config = load_config(TINY, [*shape, "train.activation_checkpointing=true"])
+    model = Transformer(config)
+    batch, length = config.train.micro_batch_size, config.data.seq_len
+    hidden = torch.randn(batch, length, config.model.d_model, requires_grad=True)
+    rotary = rotary_tables(length, model.head_dim, model.rope_theta, hidden.device)
+    kept = [bytes_kept(block, hidden, rotary) for block in model.blocks]
+    assert kept.index(max(kept)) == largest
+    assert estimate_memory(config, 1, "cpu").recomputed == pytest.approx(max(kept), rel=0.03)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe.checkpoint.manifest import CheckpointError
+from moe.checkpoint.manifest import CheckpointError, check_content, read_manifest
 from moe.checkpoint.reading import newest_checkpoint, open_checkpoint
 from moe.checkpoint.saving import set_aside_newer
 from tests.support.checkpoints import (
@@ -110,6 +110,22 @@ def test_no_flipped_bit_of_a_manifest_or_a_shard_goes_unnoticed(tmp_path):
             file.write_bytes(sound)
     assert newest(tmp_path)[0].step == 2
     assert torch.equal(whole_tensors(path)["weights"]["a.weight"], before["weights"]["a.weight"])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4])  # of six shards
+def test_every_shard_is_compared_with_its_checksum_by_one_rank(tmp_path, num_ranks):
+    path = save(tmp_path, 1)
+    manifest = read_manifest(path / "manifest.json")
+    for shard in manifest.shards:
+        flip_a_bit(path / shard)
+        noticed = []
+        for rank in range(num_ranks):
+            try:
+                check_content(path, manifest, rank, num_ranks)
+            except CheckpointError as problem:
+                noticed.append(str(problem))
+        assert noticed == [f"{shard} does not match its checksum"]
+        flip_a_bit(path / shard)
 
 
 def without_the_tensor(path):

@@ -76,6 +76,16 @@ def test_on_gpus_it_adds_cost_and_placements(capsys):
     assert [place["ep_size"] for place in record["placements"] if place["yours"]] == [1]
 
 
+def test_the_tokens_that_are_asked_for_come_before_those_of_the_configuration(capsys):
+    steps = ["train.steps=100", "train.global_batch_size=64", "data.seq_len=125"]  # 8e5 tokens
+    call = [ROOT / "configs" / "tiny.yaml", "data.tokenizer=bytes", *steps, "--gpu", "h100", "--json"]
+    own, asked = (
+        json.loads(run(capsys, *call, *option)[1])["cost"]["device_hours"]
+        for option in ([], ["--tokens", "3e9"])
+    )
+    assert asked == pytest.approx(3e9 / 8e5 * own)
+
+
 def test_without_a_run_name_the_file_names_the_model(capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {vocab_size: 300, d_model: 64}")
     assert (

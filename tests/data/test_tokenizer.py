@@ -50,6 +50,24 @@ def test_a_tokenizer_is_trained_on_training_text_only(tmp_path):
     assert len(prepared.tokenizer.encode("zyxwv").ids) == 5
 
 
+def test_a_tokenizer_is_known_by_its_content_and_not_by_its_place(tmp_path, text_file):
+    """Edited in place it makes new tokens; a copy elsewhere makes the same, and a run goes on with it."""
+
+    def prepared_with(path, vocabulary):
+        model = tokenizers.models.WordLevel(vocabulary, unk_token="<unk>")
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer.save(str(path))
+        return prepare_corpus(corpus_config(tmp_path / "c", source=str(text_file), tokenizer=str(path)))
+
+    before = prepared_with(tmp_path / "t.json", {"<unk>": 0, "</s>": 1, "def": 2})
+    edited = prepared_with(tmp_path / "t.json", {"<unk>": 0, "</s>": 1, "def": 3})
+    copied = prepared_with(tmp_path / "copy.json", {"<unk>": 0, "</s>": 1, "def": 3})
+    assert set(before.train.tolist()) == {0, 1, 2}
+    assert set(edited.train.tolist()) == {0, 1, 3}
+    assert before.fingerprint != edited.fingerprint == copied.fingerprint
+
+
 def test_any_tokenizer_json_can_be_used_and_its_end_token_named(tmp_path, text_file):
     model = tokenizers.models.WordLevel({"<unk>": 0, "STOP": 1, "def": 2}, unk_token="<unk>")
     tokenizer = tokenizers.Tokenizer(model)

@@ -199,6 +199,9 @@ def uneven_work():
             layer.zero_grad()
             out, aux = layer(torch.rand(2, 5, D_MODEL, dtype=dtype))
             assert aux.tokens_per_expert.tolist() == [10, 0, 0, 0]
+            assert (
+                int(aux.dispatch_bytes) == world.rank * 10 * D_MODEL * dtype.itemsize
+            )  # expert 0 is rank 0's
             out.sum().backward()
             for weight in layer.experts.parameters():
                 used = 1 if world.rank == 0 else 0

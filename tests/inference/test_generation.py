@@ -107,6 +107,15 @@ def test_the_temperature_is_a_power_of_the_probabilities(top_p):
     torch.testing.assert_close(shares, roots / roots.sum(), rtol=0, atol=0.03)
 
 
+@pytest.mark.parametrize(("temperature", "allowed"), [(0.5, {0}), (1.0, {0}), (2.0, {0, 1})])
+def test_top_p_counts_the_mass_after_the_temperature(temperature, allowed):
+    """At temperature 2, 0.81, 0.09, 0.06 and 0.04 become 0.55, 0.18, 0.15 and 0.12."""
+    logits = torch.tensor([0.81, 0.09, 0.06, 0.04]).log()
+    sampling = replace(SAMPLING, temperature=temperature, top_p=0.7)
+    generator = torch.Generator().manual_seed(0)
+    assert {int(choose_token(logits, sampling, generator)) for _ in range(400)} == allowed
+
+
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [

@@ -39,6 +39,24 @@ def test_router_metrics_of_a_hand_worked_step():
     }
 
 
+def test_a_step_of_two_ranks_is_reported_as_if_one_rank_had_run_it_all():
+    first, second = StepMeter(torch.device("cpu")), StepMeter(torch.device("cpu"))
+    first.add(loss_with(3.0, [[4, 0]], dropped=1, balance=2.0, entropy=1.0, sent=5))
+    second.add(loss_with(5.0, [[1, 3]], dropped=2, balance=4.0, entropy=0.0, sent=7))
+    for here, there in zip(first.tensors(), second.tensors(), strict=True):
+        here += there  # as a sum over ranks does
+    assert first.read(num_ranks=2) == {
+        "loss/lm": 4.0,
+        "loss/load_balancing": 3.0,
+        "loss/router_z": 2.0,
+        "moe/load_imbalance": 5 / 4,
+        "moe/dropped_fraction": 3 / 8,
+        "moe/router_entropy": 0.5,
+        "moe/dead_experts": 0,
+        "comm/dispatch_bytes": 12,
+    }
+
+
 def test_two_collapsed_layers_do_not_cancel():
     meter = StepMeter(torch.device("cpu"))
     meter.add(loss_with(1.0, [[8, 0], [0, 8]]))
