@@ -127,6 +127,11 @@ def check_ablate(words: list[str], shrink: list[str]) -> None:
     assert "dense,equal_total" in run(call)
 
 
+def check_tokenize(words: list[str], shrink: list[str]) -> None:
+    call = [sys.executable, str(ROOT / words[1]), words[2], *shrink, *words[3:]]
+    assert "training tokens" in run(call)
+
+
 def check_report(words: list[str], shrink: list[str]) -> None:
     run([sys.executable, str(ROOT / words[1]), *words[2:]])
     assert (Path(words[2]) / "report.html").exists()
@@ -157,6 +162,7 @@ CHECKS: dict[str, Callable[[list[str], list[str]], None]] = {
     "python scripts/count.py": check_tables,
     "python scripts/plan.py": check_tables,
     "python scripts/ablate.py": check_ablate,
+    "python scripts/tokenize_corpus.py": check_tokenize,
     "python scripts/report.py": check_report,
     "python scripts/bench.py": check_bench,
     "python -m moe.config.reference": check_reference,

@@ -63,13 +63,14 @@ def estimate_memory(config: Config, world_size: int, device: str) -> Memory:
     blocks = [_block_activations(config, layer) for layer in range(model.n_layers)]
     recomputes = config.train.activation_checkpointing
     kept = model.n_layers * width * model.d_model if recomputes else sum(blocks)
+    mask = config.data.seq_len * width * config.data.document_masks  # one for all layers
     final_norm = (2 * FP32 + width) * model.d_model
     return Memory(
         weights=held * width,
         optimizer=share * (MOMENTS_BYTES + (FP32 if width != FP32 else 0)),
         gradients=share * FP32 if parallel.zero_stage == 2 else held * width,
         bucket=REDUCE_BUCKET[device] * width if reduces_gradients(config, world_size) else 0,
-        activations=tokens * (kept + final_norm),
+        activations=tokens * (kept + final_norm + mask),
         recomputed=tokens * max(blocks) if recomputes else 0,
         temporary=tokens * max(_temporary(config, layer, device) for layer in range(model.n_layers)),
         dispatch=int(tokens * 2 * rows_per_token(config) * model.d_model * width),

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from moe.benchmark.measuring import in_turns, now, spread_ms
 from moe.config import Config, ConfigError, changed
-from moe.data.samples import read_samples, samples_of_step
+from moe.data.batches import read_batches
+from moe.data.samples import samples_of_step
 from moe.distributed.launch import world_size
 from moe.model.transformer import Transformer
 from moe.training.loss import training_loss
@@ -51,8 +52,8 @@ class _TimedEngine:
         self._engine, self._device = engine, device
         self.seconds: dict[str, float] = {"forward": 0.0, "backward": 0.0, "update": 0.0}
 
-    def __call__(self, tokens: Tensor) -> Any:
-        return self._timed("forward", self._engine, tokens)
+    def __call__(self, tokens: Tensor, documents: Tensor | None) -> Any:
+        return self._timed("forward", self._engine, tokens, documents)
 
     def backward(self, loss: Tensor) -> None:
         self._timed("backward", self._engine.backward, loss)
@@ -63,9 +64,9 @@ class _TimedEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def _timed(self, part: str, call: Callable[..., Any], argument: Any) -> Any:
+    def _timed(self, part: str, call: Callable[..., Any], *arguments: Any) -> Any:
         started = now(self._device)
-        result = call(argument)
+        result = call(*arguments)
         self.seconds[part] += now(self._device) - started
         return result
 
@@ -115,11 +116,12 @@ class _Floor:
         """Forward and backward over the micro batches of the next step, then clip and update."""
         forward = backward = 0.0
         step = next(self._steps)
-        for tokens in list(self._micro_batches(step)):
+        starts = samples_of_step(self.config, self.corpus.train, step)
+        for tokens, documents, targets in read_batches(self.config, self.corpus.train, starts, self.device):
             started = now(self.device)
-            output = self.model(tokens[:, :-1])
+            output = self.model(tokens, documents)
             forward += now(self.device) - started
-            loss = training_loss(output, tokens[:, 1:], self.config.moe).total
+            loss = training_loss(output, targets, self.config.moe).total
             del output
             started = now(self.device)
             loss.backward()
@@ -135,12 +137,6 @@ class _Floor:
         update = now(self.device) - started
         self.optimizer.zero_grad(set_to_none=True)
         return StepTimes(forward, backward, update, forward + backward + update)
-
-    def _micro_batches(self, step: int) -> Iterator[Tensor]:
-        ids, size = samples_of_step(self.config, self.corpus.train, step), self.config.train.micro_batch_size
-        for first in range(0, len(ids), size):
-            samples = read_samples(self.corpus.train, ids[first : first + size], self.config.data.seq_len)
-            yield torch.from_numpy(samples).to(self.device)
 
 
 def measure_steps(

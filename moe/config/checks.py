@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from moe.config.sections import DataConfig, ModelConfig, MoEConfig, OptimConfig, ParallelConfig, TrainConfig
 
 Conflict = tuple[str, str]  # the dotted key to change; what is wrong, and the fix
+MOST_SOURCES = 32  # of a mixture, so that 1,000 samples can hold some of each: see data/mixture.py
 
 
 def model_conflicts(model: ModelConfig, data: DataConfig) -> Iterator[Conflict]:
@@ -31,11 +32,42 @@ def data_conflicts(data: DataConfig) -> Iterator[Conflict]:
         yield "data.encoding", f"{data.encoding!r} is no encoding that Python knows; give one such as utf-8"
     if data.validation is None and data.validation_share == 0:
         yield "data.validation_share", "0 leaves no text to evaluate on; raise it or set data.validation"
-    for name in data.extra_validation:
-        taken = ("train", "validation", "loss", "bits_per_byte")
-        if not re.fullmatch(r"[\w-]+", name) or name in taken:
-            fix = f"use letters, digits, _ and -, but not {', '.join(taken)}"
-            yield "data.extra_validation", f"{name!r} cannot name a validation text; {fix}"
+    for key, names in {"data.extra_validation": data.extra_validation, "data.sources": data.sources}.items():
+        for name in names:
+            taken = ("train", "validation", "loss", "bits_per_byte")
+            if not re.fullmatch(r"[\w-]+", name) or name in taken:
+                fix = f"use letters, digits, _ and -, but not {', '.join(taken)}"
+                yield key, f"{name!r} cannot name a text; {fix}"
+    if data.shuffle_buffer and not data.streaming:
+        yield "data.shuffle_buffer", "is for streams; other text is shuffled as a whole; remove it"
+    yield from _mixture_conflicts(data)
+
+
+def _mixture_conflicts(data: DataConfig) -> Iterator[Conflict]:
+    """Keys of one source beside several, and of several beside one."""
+    if not data.sources:
+        for key, value in {
+            "anneal_step": data.anneal_step,
+            "source_revisions": data.source_revisions,
+        }.items():
+            if value:
+                yield f"data.{key}", "is of data.sources, and there are none; remove it"
+        return
+    for key in ("source", "subset", "revision"):
+        if getattr(data, key) != DataConfig.model_fields[key].default:
+            yield f"data.{key}", "has no meaning beside data.sources; remove it, or make it one of them"
+    if len(data.sources) > MOST_SOURCES:
+        yield "data.sources", f"there are {len(data.sources)}, at most {MOST_SOURCES} can be mixed; join some"
+    for name in data.sources.keys() & data.extra_validation.keys():
+        yield "data.extra_validation", f"{name!r} is one of data.sources as well; choose another name"
+    for name in data.source_revisions.keys() - data.sources.keys():
+        yield "data.source_revisions", f"{name!r} is not one of data.sources; remove it"
+    annealed = [source for source in data.sources.values() if source.anneal_weight is not None]
+    if bool(annealed) != (data.anneal_step is not None):
+        problem = "and an anneal_weight of a source need each other"
+        yield "data.anneal_step", f"{problem}; set both or neither"
+    if data.anneal_step and not any(data.weights_at(data.anneal_step).values()):
+        yield "data.sources", "no source has a weight above 0 after data.anneal_step; raise an anneal_weight"
 
 
 def expert_conflicts(model: ModelConfig, moe: MoEConfig, parallel: ParallelConfig) -> Iterator[Conflict]:

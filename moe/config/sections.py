@@ -93,6 +93,17 @@ class MoEConfig(Section):
         return [layer for layer in range(first, n_layers) if (layer - first + 1) % n == 0]
 
 
+class SourceConfig(Section):
+    """One of the sources of a mixture."""
+
+    source: str = Field(min_length=1, description="where its text comes from, as in data.source")
+    weight: float = Field(gt=0, description="its share of the samples is this over the sum of all weights")
+    anneal_weight: float | None = _key(None, "its weight from data.anneal_step on; null: unchanged", ge=0)
+    max_epochs: float | None = _key(None, "refuse to read it more often than this; null: no limit", gt=0)
+    subset: str | None = _key(None, "as data.subset")
+    text_field: str | None = _key(None, "as data.text_field; null: that", min_length=1)
+
+
 class DataConfig(Section):
     """The corpus, the tokenizer and the length of a sample."""
 
@@ -100,6 +111,16 @@ class DataConfig(Section):
     subset: str | None = _key(None, "configuration of a hub dataset, such as wikitext-103-raw-v1")
     revision: _Free[str | None] = _key(
         None, "commit of a hub dataset; null: the newest, and on resume the one that the run began with"
+    )
+    sources: dict[str, SourceConfig] = Field(
+        default_factory=dict,
+        description="several sources instead of one, {NAME: {source: ..., weight: ...}}; default none",
+    )
+    source_revisions: _Free[dict[str, str | None]] = Field(
+        default_factory=dict, description="commits of hub datasets among them, {NAME: commit}; as revision"
+    )
+    anneal_step: int | None = _key(
+        None, "optimizer steps after which sources take their anneal_weight; null: never", gt=0
     )
     text_field: str = _key(
         "text", "field that holds the text of a record, or its chat: a list of role and content", min_length=1
@@ -128,10 +149,20 @@ class DataConfig(Section):
     end_token: str | None = _key(None, "token after each document; null: the one that the tokenizer has")
     seq_len: int = _key(256, "tokens per sample", gt=0)
     streaming: bool = _key(False, "of a hub dataset, read only as many documents as the run needs")
+    shuffle_buffer: int = _key(0, "samples of a stream that are shuffled together; 0: in its order", ge=0)
+    document_masks: bool = _key(False, "attention does not look into other documents of a sample")
     cache_dir: _Free[str | None] = _key(None, "folder of tokenized corpora; null: in the user's cache")
     cache_timeout_s: _Free[float] = _key(
         86_400.0, "seconds to wait for another process that tokenizes the same text", gt=0, le=1e7
     )
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """The weights of `sources` for the step after `step` steps."""
+        annealed = self.anneal_step is not None and step >= self.anneal_step
+        return {
+            name: source.anneal_weight if annealed and source.anneal_weight is not None else source.weight
+            for name, source in self.sources.items()
+        }
 
 
 class TrainConfig(Section):

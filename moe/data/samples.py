@@ -1,70 +1,111 @@
 """Which samples make up a step, and reading them. A sample is `seq_len` tokens and their successors."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 
 from moe.config import Config
+from moe.data.mixture import draw
+from moe.data.text import Text
 
 
-def samples_of_step(config: Config, tokens: np.ndarray, step: int) -> np.ndarray:
-    """The ids (global_batch_size,) of a step, 0 for the first one, from the training split `tokens` (n,)."""
-    size, num = config.train.global_batch_size, num_samples(tokens, config.data.seq_len)
-    return sample_ids(config.run.seed, step, size, num, shuffle=not config.data.streaming)
-
-
-def sample_ids(seed: int, step: int, global_batch_size: int, num_samples: int, shuffle: bool) -> np.ndarray:
-    """Which samples make up the global batch of a step: a function of these arguments and nothing else.
-
-    Every epoch is a permutation of its own, and a batch may straddle two epochs. Unshuffled (a stream), the
-    samples come in the order of the corpus, so that a longer prefix of the stream changes no earlier batch.
+def samples_of_step(config: Config, text: Text, step: int) -> np.ndarray:
+    """Where the samples of a step start, (global_batch_size,) int64: a function of these arguments alone.
 
     Args:
-        seed: `run.seed`.
+        config: of the run.
+        text: the training text.
         step: 0 for the first optimizer step.
-        global_batch_size: samples per step.
-        num_samples: samples in the training split.
-        shuffle: whether to permute each epoch.
+    """
+    first, size = step * config.train.global_batch_size, config.train.global_batch_size
+    places = np.arange(first, first + size)
+    which = np.zeros_like(places)
+    if config.data.sources:
+        which, places = draw(config, places)
+    starts = np.empty_like(places)
+    for number, tokens in enumerate(text.sources.values()):
+        here = which == number
+        ids = sample_ids(config, places[here], num_samples(len(tokens), config.data.seq_len), number)
+        starts[here] = tokens.start + ids * config.data.seq_len
+    return starts
+
+
+def sample_ids(config: Config, places: np.ndarray, num_samples: int, source: int = 0) -> np.ndarray:
+    """Which samples of a source come up.
+
+    Every epoch is a permutation of its own. A stream is not shuffled, or in windows of `data.shuffle_buffer`
+    samples, so that a longer prefix of the stream changes no earlier sample.
+
+    Args:
+        config: of the run.
+        places: (n,) int64, the first sample that the run takes of the source is 0.
+        num_samples: in the source.
+        source: its number.
 
     Returns:
-        (global_batch_size,) int64, each in [0, num_samples).
+        (n,) int64, each in [0, num_samples).
     """
-    first = step * global_batch_size
-    epochs, places = np.divmod(np.arange(first, first + global_batch_size), num_samples)
-    if not shuffle:
+    epochs, places = np.divmod(places, num_samples)
+    if config.data.streaming and not config.data.shuffle_buffer:
         return places
+    window = config.data.shuffle_buffer or num_samples
+    windows, places = np.divmod(places, window)
     ids = np.empty_like(places)
-    for epoch in np.unique(epochs):
-        order = _epoch_order(seed, int(epoch), num_samples)
-        ids[epochs == epoch] = order[places[epochs == epoch]]
+    for epoch, number in {*zip(epochs.tolist(), windows.tolist(), strict=True)}:
+        here = (epochs == epoch) & (windows == number)
+        size = min(window, num_samples - number * window)
+        ids[here] = number * window + _orders(source)(config.run.seed, epoch, number, size)[places[here]]
     return ids
 
 
-@lru_cache(maxsize=2)  # a batch straddles at most two epochs, unless the corpus is tiny
-def _epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+@lru_cache
+def _orders(source: int) -> Callable[[int, int, int, int], np.ndarray]:
+    """`_order` for one source, which remembers the last two: a batch may straddle two epochs."""
+    return lru_cache(maxsize=2)(_order)
 
 
-def validation_ids(num_samples: int, wanted: int) -> np.ndarray:
-    """At most `wanted` samples, evenly spread over the validation split: the same for every seed and step."""
-    return np.linspace(0, num_samples - 1, min(wanted, num_samples)).round().astype(np.int64)
+def _order(seed: int, epoch: int, window: int, size: int) -> np.ndarray:
+    entropy = [seed, epoch] if window == 0 else [seed, epoch, window]
+    return np.random.Generator(np.random.PCG64(entropy)).permutation(size)
 
 
-def num_samples(tokens: np.ndarray, seq_len: int) -> int:
-    """Whole samples in a split; a sample's last target is the next one's first token."""
-    return (len(tokens) - 1) // seq_len
+def spread_starts(num_tokens: int, seq_len: int, wanted: int) -> np.ndarray:
+    """Where at most `wanted` samples start, evenly spread over a text: the same for every seed and step."""
+    num = num_samples(num_tokens, seq_len)
+    return np.linspace(0, num - 1, min(wanted, num)).round().astype(np.int64) * seq_len
 
 
-def read_samples(tokens: np.ndarray, ids: np.ndarray, seq_len: int) -> np.ndarray:
-    """Cut samples out of a split.
+def num_samples(num_tokens: int, seq_len: int) -> int:
+    """Whole samples in a text; a sample's last target is the next one's first token."""
+    return (num_tokens - 1) // seq_len
+
+
+def read_samples(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray:
+    """Cut samples out of a text.
 
     Args:
-        tokens: (n,) of one split.
-        ids: (B,) sample ids.
+        tokens: (n,) of the text.
+        starts: (B,) where the samples start.
         seq_len: S.
 
     Returns:
         (B, S + 1) int64: inputs are `[:, :-1]`, targets `[:, 1:]`.
     """
-    samples = [tokens[i * seq_len : (i + 1) * seq_len + 1] for i in ids]
-    return np.array(samples, dtype=np.int64).reshape(len(ids), seq_len + 1)
+    samples = [tokens[start : start + seq_len + 1] for start in starts]
+    return np.array(samples, dtype=np.int64).reshape(len(starts), seq_len + 1)
+
+
+def documents_of_samples(documents: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray:
+    """The document of each input token.
+
+    Args:
+        documents: (documents,) int64, the first token of each, ascending.
+        starts: (B,) where the samples start.
+        seq_len: S.
+
+    Returns:
+        (B, S) int64: the number of a document; equal within a document, and ascending.
+    """
+    places = starts[:, None] + np.arange(seq_len)
+    return np.searchsorted(documents, places, side="right")

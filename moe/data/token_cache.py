@@ -1,44 +1,31 @@
-"""Tokenize a corpus once into memory-mapped files.
+"""The tokenized corpus of a run: opened from the cache, or built there first.
 
-A prepared corpus is a folder of the cache, named by a hash of the content and of every setting that shapes
-its tokens. It is written under a temporary name and renamed, so it is complete or not there.
+It is a folder of the cache, named by a hash of the content and of every setting that shapes its tokens. It
+appears under its name when it is complete.
 """
 
 import hashlib
 import json
+import math
 import os
-import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from moe.config import Config, ConfigError, DataConfig, changed
 from moe.data.amounts import refuse_too_little
 from moe.data.build_lock import alone
-from moe.data.corpus import BadRecords, Corpus, Document, open_corpus
-from moe.data.token_files import TokenFiles, with_progress
-from moe.data.tokenizer import end_token, find_revision, load_tokenizer, read_tokenizer, vocabulary_size
+from moe.data.building import Build
+from moe.data.chunks import Source
+from moe.data.corpus import open_corpus
+from moe.data.mixture import samples_drawn
+from moe.data.text import Text, open_text
+from moe.data.tokenizer import find_revision, read_tokenizer, vocabulary_size
 
 _FORMAT, _LAYOUT = 2, 2  # of the tokens; of the files of the cache
-
-
-@dataclass(frozen=True)
-class ValidationText:
-    """Tokens that are evaluated on.
-
-    Attributes:
-        tokens: (n,) uint16 or uint32, memory-mapped, documents in order, each followed by the end token.
-        bytes_per_token: UTF-8 bytes of the documents over their tokens, end tokens included: what turns nats
-            per token into bits per byte.
-    """
-
-    tokens: np.ndarray
-    bytes_per_token: float
 
 
 @dataclass(frozen=True)
@@ -50,19 +37,20 @@ class TokenizedCorpus:
             of which a stream may hold more or fewer.
         tokenizer: of these tokens.
         end_token: the token after each document.
-        train: (n,) uint16 or uint32, memory-mapped, documents in order, each followed by the end token.
-        validation: held-out text.
-        extra_validation: the texts of `data.extra_validation` by name.
-        revisions: `data.revision` and `data.tokenizer_revision` as they were found on the hub.
+        train: training text.
+        validation: held-out text, that of all sources together.
+        extra_validation: the held-out text of each of several sources, and the texts of
+            `data.extra_validation`, by name.
+        revisions: `data.revision`, `data.source_revisions` and `data.tokenizer_revision` as found on the hub.
     """
 
     fingerprint: str
     tokenizer: Tokenizer
     end_token: str
-    train: np.ndarray
-    validation: ValidationText
-    extra_validation: dict[str, ValidationText]
-    revisions: dict[str, str | None]
+    train: Text
+    validation: Text
+    extra_validation: dict[str, Text]
+    revisions: dict[str, Any]
 
 
 def prepare_corpus(config: Config) -> TokenizedCorpus:
@@ -72,34 +60,47 @@ def prepare_corpus(config: Config) -> TokenizedCorpus:
         ConfigError: anything wrong with a source, the tokenizer, the cache folder or the amount of text;
             no part of it is left in the cache then.
     """
+    build = plan_build(config)
+    texts, tokenizer, end = _built(build)
+    names, extra = config.data.sources, {}
+    if config.data.validation is None:
+        extra = {name: texts["validation"].of_source(name) for name in names}
+    for name in config.data.extra_validation:
+        extra |= _built(_plan_extra(build.config, name, tokenizer, end))[0]
+    commits = {source.name: source.corpus.revision for source in build.sources}
+    return TokenizedCorpus(
+        fingerprint=build.fingerprint,
+        tokenizer=tokenizer,
+        end_token=end,
+        train=texts["train"],
+        validation=texts["validation"],
+        extra_validation=extra,
+        revisions={
+            "data.revision": None if names else commits["train"],
+            "data.source_revisions": {name: commits[name] for name in names if commits[name] is not None},
+            "data.tokenizer_revision": build.config.data.tokenizer_revision,
+        },
+    )
+
+
+def plan_build(config: Config) -> Build:
+    """What is to be tokenized for a run, and where it goes.
+
+    Raises:
+        ConfigError: a source or the tokenizer does not exist, or cannot be read.
+    """
     revision = find_revision(config.data.tokenizer, config.data.tokenizer_revision)
     config = changed(config, {"data.tokenizer_revision": revision})
     data = config.data
-    sources = {"train": _open_source(data, "data.source", data.source)}
+    files = ("train", "validation") if data.validation is None else ("train",)
+    sources = [_open_source(config, name, files) for name in data.sources or ["train"]]
     if data.validation is not None:
-        sources["validation"] = _open_source(data, "data.validation", data.validation)
-    extra = {
-        name: _open_source(data, "data.extra_validation", source)
-        for name, source in data.extra_validation.items()
-    }
-    settings = _settings(data, sources) | {"tokenizer": _tokenizer_identity(data)}
-    tokens, tokenizer, end = _prepare(config, sources, settings)
-    validation = {}
-    for name, corpus in extra.items():
-        own = _settings(data, {name: corpus}) | {"tokenizer": tokenizer.to_str(), "end_token": end}
-        validation |= _prepare(config, {name: corpus}, own, tokenizer)[0]
-    return TokenizedCorpus(
-        fingerprint=_hash(settings),
-        tokenizer=tokenizer,
-        end_token=end,
-        train=tokens["train"].tokens,
-        validation=tokens["validation"],
-        extra_validation=validation,
-        revisions={
-            "data.revision": sources["train"].revision,
-            "data.tokenizer_revision": data.tokenizer_revision,
-        },
-    )
+        sources.append(_open_source(config, "validation", ("validation",)))
+    content = [source.corpus.fingerprint for source in sources]
+    settings = _settings(data, content) | {"tokenizer": _tokenizer_identity(data)}
+    if data.sources:
+        settings["sources"] = [[name, source.text_field] for name, source in data.sources.items()]
+    return _plan(config, sources, settings)
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -109,22 +110,76 @@ def cache_folder(data: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gatework"
 
 
-def _open_source(data: DataConfig, key: str, source: str) -> Corpus:
-    """The corpus that a key names; of a source of validation text, or beside one, nothing is held out."""
-    is_split = key == "data.source" and data.validation is None
-    changes = {"source": source} if is_split else {"source": source, "validation_share": 0.0}
+def _plan_extra(config: Config, name: str, tokenizer: Tokenizer, end: str) -> Build:
+    """A text of `data.extra_validation`."""
+    source = _open_source(config, name, (name,))
+    settings = _settings(config.data, [source.corpus.fingerprint])
+    settings |= {"tokenizer": tokenizer.to_str(), "end_token": end}
+    return _plan(config, [source], settings, tokenizer)
+
+
+def _plan(
+    config: Config, sources: list[Source], settings: dict[str, Any], tokenizer: Tokenizer | None = None
+) -> Build:
+    cache = cache_folder(config.data)
+    limits: dict[str, Any] = {source.name: source.limits for source in sources if source.limits}
+    if not config.data.sources:
+        limits = {file: limit for of_source in limits.values() for file, limit in of_source.items()}
+    return Build(
+        config=config,
+        sources=sources,
+        fingerprint=_hash(settings),
+        folder=cache / _hash({**settings, "limits": limits, "layout": _LAYOUT}),
+        work=cache / f"{_hash({**settings, 'layout': _LAYOUT})}-chunks",
+        tokenizer=tokenizer,
+    )
+
+
+def _open_source(config: Config, name: str, files: tuple[str, ...]) -> Source:
+    """The source of this name: one of `data.sources`, `train`, `validation`, or of `data.extra_validation`.
+
+    Nothing is held out of a source of validation text, or beside one.
+    """
+    data = config.data
+    changes: dict[str, Any] = {}
+    if name in data.sources:
+        own = data.sources[name]
+        key, commit = f"data.sources.{name}.source", data.source_revisions.get(name)
+        changes = {"source": own.source, "subset": own.subset, "revision": commit}
+        changes["text_field"] = own.text_field or data.text_field
+    elif name == "train":
+        key = "data.source"
+    elif name == "validation" and files == ("validation",):
+        key, changes = "data.validation", {"source": data.validation}
+    else:
+        key, changes = "data.extra_validation", {"source": data.extra_validation[name]}
+    if "validation" not in files or "train" not in files:
+        changes["validation_share"] = 0.0
     try:
-        return open_corpus(data.model_copy(update=changes), cache_folder(data))
+        corpus = open_corpus(data.model_copy(update=changes), cache_folder(data))
     except ConfigError as error:
         raise error if error.key != "data.source" else ConfigError(key, error.message) from None
+    limits = {file: _token_limit(config, name, file) for file in files} if data.streaming else {}
+    return Source(name, corpus, files, limits, skips_bad=data.on_bad_record == "skip")
 
 
-def _settings(data: DataConfig, sources: dict[str, Corpus]) -> dict[str, Any]:
+def _token_limit(config: Config, source: str, file: str) -> int:
+    """How many tokens of a stream go into a token file."""
+    data, train = config.data, config.train
+    if file != "train":
+        return train.eval_batches * train.global_batch_size * data.seq_len + 1
+    samples = train.steps * train.global_batch_size
+    if data.sources:
+        samples = samples_drawn(config, train.steps)[source]
+    window = data.shuffle_buffer or 1
+    return math.ceil(samples / window) * window * data.seq_len + 1
+
+
+def _settings(data: DataConfig, content: list[str]) -> dict[str, Any]:
     """All that shapes the tokens, besides the tokenizer.
 
     Keys that came later count where they differ from their defaults, so that older runs can be resumed.
     """
-    content = [corpus.fingerprint for corpus in sources.values()]
     settings = {
         "format": _FORMAT,
         "content": content[0],
@@ -133,6 +188,8 @@ def _settings(data: DataConfig, sources: dict[str, Corpus]) -> dict[str, Any]:
     }
     later = data.model_dump(include={"encoding", "on_bad_record", "validation_share"})
     settings |= {key: value for key, value in later.items() if value != DataConfig.model_fields[key].default}
+    if data.sources:
+        return settings | {"content": content}
     return settings | ({"validation": content[1]} if len(content) > 1 else {})
 
 
@@ -149,100 +206,18 @@ def _tokenizer_identity(data: DataConfig) -> str:
     return data.tokenizer if revision is None else f"{data.tokenizer}@{revision}"
 
 
-def _token_limits(config: Config, names: list[str]) -> dict[str, int]:
-    """How many tokens to read for each name, if the corpus is a stream."""
-    per_batch = config.train.global_batch_size * config.data.seq_len
-    batches = {name: config.train.steps if name == "train" else config.train.eval_batches for name in names}
-    return {name: n * per_batch + 1 for name, n in batches.items()} if config.data.streaming else {}
-
-
-def _prepare(
-    config: Config, sources: dict[str, Corpus], settings: dict[str, Any], tokenizer: Tokenizer | None = None
-) -> tuple[dict[str, ValidationText], Tokenizer, str]:
-    """The tokens of some sources by name, made or opened; their tokenizer, and their end token."""
-    limits = _token_limits(config, _names(sources))
-    folder = cache_folder(config.data) / _hash({**settings, "limits": limits, "layout": _LAYOUT})
-    if not (folder / "meta.json").exists():
+def _built(build: Build) -> tuple[dict[str, Text], Tokenizer, str]:
+    """The texts of a build by name, made or opened; their tokenizer, and their end token."""
+    config, folder = build.config, build.folder
+    if not build.is_published():
         with alone(folder.parent, folder.name, config.data.cache_timeout_s):
-            if not (folder / "meta.json").exists():
-                _build(config, sources, tokenizer, limits, folder)
+            if not build.is_published():
+                build.publish()
     meta = json.loads((folder / "meta.json").read_text())
     tokenizer = read_tokenizer(folder / "tokenizer.json", "data.cache_dir")
     refuse_too_little(config, meta, vocabulary_size(tokenizer))
     if meta["bad_records"]:
         count, first = meta["bad_records"], meta["first_bad"]
         print(f"data.on_bad_record=skip left out {count} records, first {first}", file=sys.stderr)
-    tokens = {name: _open_tokens(folder / f"{name}.bin", count) for name, count in meta["splits"].items()}
-    return tokens, tokenizer, meta["end_token"]
-
-
-def _build(
-    config: Config,
-    sources: dict[str, Corpus],
-    tokenizer: Tokenizer | None,
-    limits: dict[str, int],
-    folder: Path,
-) -> None:
-    """Tokenize the sources into the folder; without a tokenizer it is made first."""
-    try:
-        for orphan in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
-            shutil.rmtree(orphan, ignore_errors=True)
-        scratch = folder.with_name(f".{folder.name}-{os.getpid()}")
-        scratch.mkdir()
-    except OSError as error:
-        raise ConfigError("data.cache_dir", f"cannot write to {folder.parent} ({error.strerror})") from None
-    try:
-        if tokenizer is None:
-            documents = with_progress(
-                BadRecords(skip=True).left_out(sources["train"]), "training the tokenizer"
-            )
-            texts = (document.text for document in documents if document.split == "train")
-            tokenizer = load_tokenizer(config.data.tokenizer, texts, config.data.tokenizer_revision)
-        end = end_token(tokenizer, config.data.end_token)
-        config.resolve(vocabulary_size(tokenizer))  # refuses a vocabulary that does not fit
-        tokenizer.save(str(scratch / "tokenizer.json"))
-        bad = BadRecords(skip=config.data.on_bad_record == "skip")
-        with TokenFiles(scratch, _names(sources), tokenizer, end, limits) as files:
-            is_split = "train" in sources and "validation" not in sources
-            for source, corpus in sources.items():
-                documents = with_progress(bad.left_out(corpus), "tokenizing")
-                files.write(_by_name(documents, source, is_split), files.counts if is_split else [source])
-        meta = {"end_token": end, "splits": files.counts, "bad_records": bad.number, "first_bad": bad.first}
-        refuse_too_little(config, meta, vocabulary_size(tokenizer))
-        (scratch / "meta.json").write_text(json.dumps(meta))
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _names(sources: dict[str, Corpus]) -> list[str]:
-    """Of the token files: a training source without a validation source gives text for both."""
-    return ["train", "validation"] if "train" in sources else list(sources)
-
-
-def _by_name(documents: Iterator[Document], source: str, is_split: bool) -> Iterator[tuple[str, Document]]:
-    """Each document with the name of the token file it belongs to.
-
-    Args:
-        documents: of one source.
-        source: `train`, or the name of a validation text. If that has a validation split of its own, as many
-            hub datasets have, this alone counts; it comes first.
-        is_split: whether held-out documents of the training source are validation text, or left out.
-    """
-    has_split = False
-    for document in documents:
-        if source == "train":
-            if is_split or document.split == "train":
-                yield document.split, document
-        else:
-            has_split = has_split or document.split == "validation"
-            if not has_split or document.split == "validation":
-                yield source, document
-
-
-def _open_tokens(path: Path, count: dict[str, Any]) -> ValidationText:
-    size = count["tokens"] * np.dtype(count["dtype"]).itemsize
-    if not path.is_file() or path.stat().st_size != size:
-        raise ConfigError("data.cache_dir", f"{path.parent} is damaged; delete that folder and start again")
-    tokens = np.memmap(path, dtype=count["dtype"], mode="r")
-    return ValidationText(tokens, count["bytes"] / count["tokens"])
+    texts = {name: open_text(folder, name, count) for name, count in meta["splits"].items()}
+    return texts, tokenizer, meta["end_token"]

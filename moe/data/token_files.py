@@ -1,99 +1,73 @@
-"""Writing documents as tokens, in bounded memory."""
+"""The token files of a corpus, joined out of tokenized chunks."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from moe.data.corpus import Document
-from moe.data.files import PIECE
-from moe.data.tokenizer import vocabulary_size
-
-_MOST_DOCUMENTS = 256  # that are tokenized at once, on all cores
-_T = TypeVar("_T")
+from moe.data.chunks import Chunks
 
 
-class TokenFiles:
-    """For each name a file of tokens, `NAME.bin`, and one of its documents, `NAME.documents.bin`.
+class Part(NamedTuple):
+    """What one source gives to a token file.
 
-    The latter holds a pair of int64 per document: the place of its first token, and its domain.
-
-    Args:
-        folder: where the files are made.
-        names: of the files.
-        tokenizer: makes the tokens.
-        end: the token that is written after each document.
-        limits: a file that has this many tokens takes no further document.
+    Attributes:
+        source: its name.
+        chunks: of the source.
+        num_chunks: how many of them.
+        limit: in tokens; no document is taken that would start there or behind.
     """
 
-    def __init__(
-        self, folder: Path, names: Iterable[str], tokenizer: Tokenizer, end: str, limits: dict[str, int]
+    source: str
+    chunks: Chunks
+    num_chunks: int
+    limit: float
+
+
+def join(parts: Iterable[Part], name: str, folder: Path) -> dict[str, Any]:
+    """Write `NAME.bin`, the tokens, and `NAME.documents.bin`, two int64 per document: first token, domain.
+
+    Returns:
+        The number of `tokens`, the UTF-8 `bytes` of their text, the `dtype`, the names of the `domains`, and
+        the tokens and bytes of each of the `sources`, which follow one another.
+    """
+    domains: list[str] = []
+    sources: dict[str, dict[str, int]] = {}
+    dtype, first = "", 0
+    with (
+        (folder / f"{name}.bin").open("wb") as tokens,
+        (folder / f"{name}.documents.bin").open("wb") as places,
     ):
-        self._tokenizer, self._end_id, self._limits = tokenizer, tokenizer.token_to_id(end), limits
-        tokenizer.encode_special_tokens = True  # a document that spells out the end token does not end there
-        self._dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
-        self.counts: dict[str, dict[str, Any]] = {}
-        self._files, self._documents, self._unfinished = {}, {}, set[str]()
-        for name in names:
-            self.counts[name] = {"tokens": 0, "bytes": 0, "dtype": self._dtype.name, "domains": []}
-            self._files[name] = (folder / f"{name}.bin").open("wb")
-            self._documents[name] = (folder / f"{name}.documents.bin").open("wb")
-
-    def __enter__(self) -> "TokenFiles":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in (*self._files.values(), *self._documents.values()):
+        for part in parts:
+            sources[part.source] = _append(part, name, first, domains, tokens, places)
+            first += sources[part.source]["tokens"]
+            dtype = part.chunks.dtype.name
+        for file in (tokens, places):
             file.flush()
             os.fsync(file.fileno())
-            file.close()
-
-    def write(self, documents: Iterable[tuple[str, Document]], names: Iterable[str]) -> None:
-        """Tokenize documents until there are no more, or the files that they go into are full.
-
-        Args:
-            documents: each with the name of its file.
-            names: of these files.
-        """
-        names = list(names)
-        batch, characters = [], 0
-        for name, document in documents:
-            batch.append((name, document))
-            characters += len(document.text)
-            if len(batch) == _MOST_DOCUMENTS or characters >= 2 * PIECE:
-                self._write_batch(batch)
-                batch, characters = [], 0
-                if all(map(self._is_full, names)):
-                    break
-        self._write_batch(batch)
-
-    def _is_full(self, name: str) -> bool:
-        return self.counts[name]["tokens"] >= self._limits.get(name, float("inf"))
-
-    def _write_batch(self, batch: list[tuple[str, Document]]) -> None:
-        encodings = self._tokenizer.encode_batch_fast(
-            [document.text for _, document in batch], add_special_tokens=False
-        )
-        for (name, document), encoding in zip(batch, encodings, strict=True):
-            count, continues = self.counts[name], name in self._unfinished
-            if not continues and (self._is_full(name) or (document.ends and not document.text.strip())):
-                continue
-            if document.domain not in count["domains"]:
-                count["domains"].append(document.domain)
-            if not continues:
-                place = (count["tokens"], count["domains"].index(document.domain))
-                self._documents[name].write(np.array(place, dtype=np.int64).tobytes())
-            ids = np.array(encoding.ids + [self._end_id] * document.ends, dtype=self._dtype)
-            self._files[name].write(ids.tobytes())
-            count["tokens"] += len(ids)
-            count["bytes"] += len(document.text.encode(errors="surrogatepass"))
-            self._unfinished.discard(name) if document.ends else self._unfinished.add(name)
+    size = sum(count["bytes"] for count in sources.values())
+    return {"tokens": first, "bytes": size, "dtype": dtype, "domains": domains, "sources": sources}
 
 
-def with_progress(items: Iterable[_T], what: str) -> Iterator[_T]:
-    """Show on a terminal how many documents were read."""
-    yield from tqdm(items, desc=what, unit=" documents", disable=None, leave=False)
+def _append(
+    part: Part, name: str, first: int, domains: list[str], tokens: BinaryIO, places: BinaryIO
+) -> dict[str, int]:
+    """Append the documents of a source, whose first token is number `first`; `domains` gets its new ones."""
+    num_tokens, num_bytes = 0, 0
+    for number in range(part.num_chunks):
+        ids, pieces, found = part.chunks.read(number, name)
+        begins = num_tokens + np.cumsum(pieces[:, 0]) - pieces[:, 0]
+        too_far = (pieces[:, 3] == 1) & (begins >= part.limit)
+        kept = int(too_far.argmax()) if too_far.any() else len(pieces)
+        lengths, sizes, kinds, starts = pieces[:kept].T
+        found = found[: kinds.max(initial=-1) + 1]
+        domains += [domain for domain in found if domain not in domains]
+        known = np.array([domains.index(domain) for domain in found], dtype=np.int64)
+        places.write(np.stack([first + begins[:kept], known[kinds]], axis=1)[starts == 1].tobytes())
+        tokens.write(ids[: lengths.sum()].data)
+        num_tokens, num_bytes = num_tokens + int(lengths.sum()), num_bytes + int(sizes.sum())
+        if kept < len(pieces):
+            break
+    return {"tokens": num_tokens, "bytes": num_bytes}

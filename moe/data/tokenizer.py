@@ -9,7 +9,7 @@ from moe.config import Config, ConfigError, first_line
 
 END_TOKEN = "<|endoftext|>"
 _KNOWN_END_TOKENS = (END_TOKEN, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")
-_BPE_TRAINING_BYTES = 32 * 2**20  # more text changes a small vocabulary little and costs time
+BPE_TRAINING_BYTES = 32 * 2**20  # more text changes a small vocabulary little and costs time
 
 
 def load_tokenizer(spec: str, training_texts: Iterable[str], revision: str | None = None) -> Tokenizer:
@@ -145,7 +145,7 @@ def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first_bytes(texts, _BPE_TRAINING_BYTES), trainer)
+    tokenizer.train_from_iterator(first_bytes(texts, BPE_TRAINING_BYTES), trainer)
     return tokenizer
 
 
@@ -156,7 +156,8 @@ def _byte_level(model: models.Model) -> Tokenizer:
     return tokenizer
 
 
-def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """The first texts, up to the one that reaches `limit` characters."""
     for text in texts:
         yield text
         limit -= len(text)

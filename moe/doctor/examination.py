@@ -4,7 +4,7 @@ import math
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from moe.accounting.memory import estimate_memory
 from moe.checkpoint.reading import Checkpoint, newest_checkpoint
 from moe.config import Config, changed
-from moe.data.samples import num_samples, read_samples, sample_ids, samples_of_step
+from moe.data.batches import read_batches
+from moe.data.samples import samples_of_step, spread_starts
 from moe.data.token_cache import TokenizedCorpus
 from moe.distributed.launch import choose_device
 from moe.doctor.layer_check import layer_error
@@ -93,23 +94,17 @@ class Examination:
         """Norms of the first step's gradient from plain torch: one process, no engine, no clipping."""
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         model = Transformer(self.config).to(self.device, dtype)
-        parts = list(self._first_batch())
-        for tokens in parts:
-            loss = training_loss(model(tokens[:, :-1]), tokens[:, 1:], self.config.moe).total
-            (loss / len(parts)).backward()
+        starts = samples_of_step(self.config, self.corpus.train, 0)
+        batches = read_batches(self.config, self.corpus.train, starts, self.device)
+        for tokens, documents, targets in batches:
+            loss = training_loss(model(tokens, documents), targets, self.config.moe).total
+            (loss / len(batches)).backward()
         squares, roles = defaultdict[str, float](float), parameter_roles(model)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 for key in (_TOTAL, f"{_TOTAL}/{family(roles[name])}"):
                     squares[key] += float(parameter.grad.double().square().sum())
         return {key: math.sqrt(square) for key, square in squares.items()}
-
-    def _first_batch(self) -> Iterator[torch.Tensor]:
-        """The micro batches (B, S + 1) of the first step."""
-        ids, size = samples_of_step(self.config, self.corpus.train, 0), self.config.train.micro_batch_size
-        for start in range(0, len(ids), size):
-            samples = read_samples(self.corpus.train, ids[start : start + size], self.config.data.seq_len)
-            yield torch.from_numpy(samples).to(self.device)
 
     def _check_run(self, run: Path, reference: Path, title: str) -> None:
         """A variant against the reference, and its first norms against those of plain torch."""
@@ -140,15 +135,14 @@ class Examination:
     def _check_experts(self, run: Path) -> None:
         """After the last step, each expert gets tokens of the training text."""
         model, moe = load_run(run, self.device).model, self.config.moe
-        tokens, seq_len = self.corpus.train, self.config.data.seq_len
+        text, seq_len = self.corpus.train, self.config.data.seq_len
         wanted = 32 * moe.num_experts / moe.top_k  # tokens for 32 assignments an expert
         samples = math.ceil(max(wanted / seq_len, self.config.train.global_batch_size))
-        ids = sample_ids(self.config.run.seed, 0, samples, num_samples(tokens, seq_len), shuffle=True)
+        starts = spread_starts(len(text.tokens), seq_len, samples)
         counts = torch.zeros((), dtype=torch.int64)
         with torch.no_grad():
-            for i in range(samples):
-                sample = torch.from_numpy(read_samples(tokens, ids[i : i + 1], seq_len))
-                counts = counts + model(sample[:, :-1].to(self.device)).aux.tokens_per_expert.cpu()
+            for batch in read_batches(self.config, text, starts, self.device):
+                counts = counts + model(batch.tokens, batch.documents).aux.tokens_per_expert.cpu()
         dead, share = int((counts == 0).sum()), float(counts.min() / counts.double().mean())
         figures = f"{dead} dead, least used {share:.2f} of the mean"
         self._report(f"no dead expert on {samples} samples", figures, not dead)

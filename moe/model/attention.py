@@ -44,6 +44,22 @@ def apply_rotary(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
 
 
+def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds to its scores so that it looks at earlier positions of the same document only.
+
+    Positions need not start again with a document, as rotary angles count by their differences only.
+
+    Args:
+        documents: (B, S) int64, the number of each position's document.
+        dtype: of queries and keys.
+
+    Returns:
+        (B, 1, S, S) of that dtype, 0 or minus infinity; made once for all layers.
+    """
+    same_BSS = documents[:, :, None] == documents[:, None, :]
+    return torch.zeros_like(same_BSS, dtype=dtype).masked_fill(~same_BSS.tril(), float("-inf"))[:, None]
+
+
 class Attention(nn.Module):
     """Causal self-attention; G key and value heads serve H query heads (Ainslie et al. 2023).
 
@@ -64,12 +80,13 @@ class Attention(nn.Module):
             nn.RMSNorm(heads * model.head_dim, NORM_EPS) if model.qk_norm else None for heads in together
         )
 
-    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
         """Attend to this and earlier positions.
 
         Args:
             hidden: (B, S, D).
             rotary: what `rotary_tables` returned for S positions.
+            mask: of `document_mask`; None: all earlier positions are of the same document.
 
         Returns:
             (B, S, D), same dtype.
@@ -81,7 +98,7 @@ class Attention(nn.Module):
         )
         query_BHSQ, key_BGSQ = apply_rotary(query_BHSQ, rotary), apply_rotary(key_BGSQ, rotary)
         attended_BHSQ = F.scaled_dot_product_attention(
-            query_BHSQ, key_BGSQ, value_BGSQ, is_causal=True, enable_gqa=True
+            query_BHSQ, key_BGSQ, value_BGSQ, mask, is_causal=mask is None, enable_gqa=True
         )
         return self.output(rearrange(attended_BHSQ, "b h s q -> b s (h q)"))
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from moe.config import Config
 from moe.dispatch.interface import Dispatcher
 from moe.dispatch.local import LocalDispatcher
-from moe.model.attention import NORM_EPS, Attention, rotary_tables
+from moe.model.attention import NORM_EPS, Attention, document_mask, rotary_tables
 from moe.model.experts import SwiGLU
 from moe.model.grouped_swiglu import ExpertPath
 from moe.model.initialization import init_weights
@@ -43,9 +43,11 @@ class Block(nn.Module):
         else:
             self.ffn = MoELayer(model.d_model, moe, dispatcher, expert_path, seed=None)
 
-    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, MoEAux | None]:
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None
+    ) -> tuple[Tensor, MoEAux | None]:
         """Map (B, S, D) to (B, S, D) and the MoE layer's report, or None."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotary)
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, mask)
         normed = self.ffn_norm(hidden)
         output, aux = self.ffn(normed) if isinstance(self.ffn, MoELayer) else (self.ffn(normed), None)
         return hidden + output, aux
@@ -81,21 +83,24 @@ class Transformer(nn.Module):
         self.head = None if model.tie_embeddings else Linear(model.d_model, config.vocab_size)
         init_weights(self, config.run.seed)
 
-    def forward(self, tokens: Tensor) -> TransformerOutput:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> TransformerOutput:
         """Predict the token after each position.
 
         Args:
             tokens: (B, S) int64, S at most `model.max_seq_len`.
+            documents: (B, S) int64, the number of each token's document, which attention does not look
+                beyond; None: each sequence is one document.
         """
         assert tokens.shape[1] <= self.max_seq_len, (tokens.shape, self.max_seq_len)
         hidden_BSD = self.embedding(tokens)
         rotary = rotary_tables(tokens.shape[1], self.head_dim, self.rope_theta, tokens.device)
+        mask = None if documents is None else document_mask(documents, hidden_BSD.dtype)
         reports = []
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
-                hidden_BSD, aux = checkpoint(block, hidden_BSD, rotary, use_reentrant=False)
+                hidden_BSD, aux = checkpoint(block, hidden_BSD, rotary, mask, use_reentrant=False)
             else:
-                hidden_BSD, aux = block(hidden_BSD, rotary)
+                hidden_BSD, aux = block(hidden_BSD, rotary, mask)
             if aux is not None:
                 reports.append(aux)
         head = self.embedding.weight if self.head is None else self.head.weight

@@ -44,9 +44,13 @@ def with_recorded_revisions(config: Config, folder: RunFolder) -> Config:
     if not folder.config.exists():
         return config
     new, saved = flat_config(config), flat_config(load_config(folder.config))
-    of = {"data.revision": "data.source", "data.tokenizer_revision": "data.tokenizer"}
+    of = {
+        "data.revision": "data.source",
+        "data.source_revisions": "data.sources",
+        "data.tokenizer_revision": "data.tokenizer",
+    }
     return changed(
-        config, {key: saved[key] for key, name in of.items() if new[key] is None and new[name] == saved[name]}
+        config, {key: saved[key] for key, name in of.items() if not new[key] and new[name] == saved[name]}
     )
 
 

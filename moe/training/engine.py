@@ -134,9 +134,9 @@ class Engine:
         """The model, its weights in the training precision."""
         return self._deepspeed.module
 
-    def __call__(self, tokens: Tensor) -> TransformerOutput:
+    def __call__(self, tokens: Tensor, documents: Tensor | None = None) -> TransformerOutput:
         """Forward pass of the model."""
-        return self._deepspeed(tokens)
+        return self._deepspeed(tokens, documents)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro batch; the engine divides by their number."""

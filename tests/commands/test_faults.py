@@ -181,7 +181,7 @@ def test_evaluation_counts_each_sample_once_where_a_rank_has_none_in_the_last_ro
     text.write_text("".join(f"this is line {line:06d}\n" for line in range(180)))
     arguments = [*small, f"data.source={text}", "train.steps=2", "train.eval_batches=50"]
     corpus = prepare_corpus(load_config(train.DEFAULT_CONFIG, arguments))
-    assert num_samples(corpus.validation.tokens, 32) % 4 in (1, 2)  # of two ranks with two samples each
+    assert num_samples(len(corpus.validation.tokens), 32) % 4 in (1, 2)  # of two ranks with two samples each
     train_on_ranks(2, [*arguments, "parallel.ep_size=2", f"run.dir={tmp_path / 'two'}"])
     assert train.main([*arguments, f"run.dir={tmp_path / 'one'}"]) == 0
     [loss], [expected] = (

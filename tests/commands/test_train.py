@@ -185,15 +185,18 @@ def test_the_collapse_metrics_fire_where_the_balance_loss_is_blind(run_main, mon
     assert line["moe/dead_experts"] == 2 * 2  # in each of two layers
 
 
-def test_the_ids_that_are_read_do_not_depend_on_the_micro_batch(run_main, monkeypatch):
-    real, seen = train.read_samples, []
-    monkeypatch.setattr(
-        train, "read_samples", lambda tokens, ids, seq_len: (seen.append(ids), real(tokens, ids, seq_len))[1]
-    )
+def test_the_samples_that_are_read_do_not_depend_on_the_micro_batch(run_main, monkeypatch):
+    real, seen = train.read_batches, []
+
+    def read_and_note(config, text, starts, device):
+        seen.extend(starts.tolist())
+        return real(config, text, starts, device)
+
+    monkeypatch.setattr(train, "read_batches", read_and_note)
     orders = []
     for micro in (1, 2, 4):
         seen.clear()
         run_main(f"train.micro_batch_size={micro}", folder=f"micro{micro}")
-        orders.append([int(i) for ids in seen for i in ids])
+        orders.append(list(seen))
     assert orders[0] == orders[1] == orders[2]
     assert len(orders[0]) == 12 * 4

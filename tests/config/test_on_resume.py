@@ -5,7 +5,8 @@ from moe.runs.resuming import sets_results
 
 # No result depends on these.
 FREE = """
-run.name run.dir run.resume data.revision data.tokenizer_revision data.cache_dir data.cache_timeout_s
+run.name run.dir run.resume data.revision data.source_revisions data.tokenizer_revision
+data.cache_dir data.cache_timeout_s
 train.micro_batch_size train.eval_interval train.checkpoint_interval train.keep_checkpoints
 train.activation_checkpointing train.compile
 parallel.device parallel.ep_size parallel.dispatch parallel.overlap parallel.keep_freed_memory

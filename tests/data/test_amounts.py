@@ -1,9 +1,11 @@
 """Too little text is refused or warned about, in plain words."""
 
+import numpy as np
 import pytest
 
 from moe.config import ConfigError, parse_config
 from moe.data.amounts import corpus_warnings
+from moe.data.text import Text
 from moe.data.token_cache import prepare_corpus
 from tests.support.corpora import corpus_config
 
@@ -27,15 +29,23 @@ def settings(**train):
     )
 
 
+def warnings_of(config, train_tokens, validation_tokens):
+    texts = []
+    for size in (train_tokens, validation_tokens):
+        tokens, starts = np.zeros(size, dtype=np.uint16), np.zeros(1, dtype=np.int64)
+        texts.append(Text(tokens, starts, {"train": range(size)}, {"train": size}))
+    return list(corpus_warnings(config, *texts))
+
+
 def test_text_that_is_read_many_times_is_warned_about():
     # 100 tokens a step
-    assert list(corpus_warnings(settings(steps=40), 1000, 10_000)) == []
-    (warning,) = corpus_warnings(settings(steps=50), 1000, 10_000)
+    assert warnings_of(settings(steps=40), 1000, 10_000) == []
+    (warning,) = warnings_of(settings(steps=50), 1000, 10_000)
     assert warning.startswith("train.steps=50 reads the 1,000 training tokens 5.0 times; ")
 
 
 def test_little_validation_text_is_warned_about():
-    assert list(corpus_warnings(settings(steps=40), 1000, 160)) == []
-    (warning,) = corpus_warnings(settings(steps=40), 1000, 159)
+    assert warnings_of(settings(steps=40), 1000, 160) == []
+    (warning,) = warnings_of(settings(steps=40), 1000, 159)
     assert "only 159 validation tokens" in warning
-    assert list(corpus_warnings(settings(steps=40, eval_batches=1), 1000, 100)) == []  # no more was asked for
+    assert warnings_of(settings(steps=40, eval_batches=1), 1000, 100) == []  # no more was asked for

@@ -55,7 +55,7 @@ def damaged(rng, content):
 
 
 def documents_in(corpus: TokenizedCorpus) -> list[str]:
-    text = corpus.tokenizer.decode(corpus.train.tolist(), skip_special_tokens=False)
+    text = corpus.tokenizer.decode(corpus.train.tokens.tolist(), skip_special_tokens=False)
     return text.split("<|endoftext|>")[:-1]
 
 

@@ -90,7 +90,7 @@ def test_a_bad_record_is_named_or_skipped_and_counted(tmp_path, line, problem, c
     assert capsys.readouterr().err.count(f"left out 2 records, first notes.jsonl, record 42: {problem}") == 1
     (tmp_path / "good.jsonl").write_text("\n".join(good))
     clean = prepare_corpus(corpus_config(tmp_path / "c", source=str(tmp_path / "good.jsonl")))
-    assert prepared.train.tolist() == clean.train.tolist()
+    assert prepared.train.tokens.tolist() == clean.train.tokens.tolist()
     assert prepared.fingerprint != clean.fingerprint
 
 
@@ -106,5 +106,5 @@ def test_empty_texts_are_left_out(tmp_path):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, "", " \n"]))
     prepared = prepare_corpus(corpus_config(tmp_path / "c", source=str(path)))
     end = prepared.tokenizer.token_to_id(prepared.end_token)
-    documents = (prepared.train == end).sum() + (prepared.validation.tokens == end).sum()
+    documents = (prepared.train.tokens == end).sum() + (prepared.validation.tokens == end).sum()
     assert documents == len(TEXTS)

@@ -26,7 +26,7 @@ def test_records_of_every_local_format_become_the_same_tokens(tmp_path, suffix):
     writer = {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[suffix]
     writer(path)
     prepared = prepare_corpus(corpus_config(tmp_path / "cache", source=str(path), text_field="body"))
-    parts = decode(prepared, prepared.train).split("<|endoftext|>")[:-1]
+    parts = decode(prepared, prepared.train.tokens).split("<|endoftext|>")[:-1]
     parts += decode(prepared, prepared.validation.tokens).split("<|endoftext|>")[:-1]
     assert sorted(parts) == sorted(texts)
 
@@ -40,9 +40,9 @@ def test_a_stream_reads_only_what_the_run_needs_and_a_longer_run_keeps_the_prefi
     longer = prepare_corpus(
         config.model_copy(update={"train": config.train.model_copy(update={"steps": 60})})
     )
-    assert 20 * 2 * 16 < len(short.train) < 20 * 2 * 16 + 1000
-    assert np.array_equal(longer.train[: len(short.train)], short.train)
-    assert len(longer.train) > 60 * 2 * 16
+    assert 20 * 2 * 16 < len(short.train.tokens) < 20 * 2 * 16 + 1000
+    assert np.array_equal(longer.train.tokens[: len(short.train.tokens)], short.train.tokens)
+    assert len(longer.train.tokens) > 60 * 2 * 16
     assert np.array_equal(longer.validation.tokens, short.validation.tokens)
     assert longer.fingerprint == short.fingerprint
 
@@ -68,7 +68,7 @@ def test_documents_end_with_the_end_token_and_decode_to_their_text(tmp_path):
     prepared = prepare_corpus(corpus_config(tmp_path / "c", source=str(path), tokenizer="bpe:300"))
     end = prepared.tokenizer.token_to_id(prepared.end_token)
     documents, current = [], []
-    for split in (prepared.train, prepared.validation.tokens):
+    for split in (prepared.train.tokens, prepared.validation.tokens):
         for token in split.tolist():
             if token == end:
                 documents.append(prepared.tokenizer.decode(current))
@@ -120,7 +120,7 @@ def test_validation_text_of_ones_own_leaves_all_of_the_source_for_training(tmp_p
     source.write_text("training words\n" * 100)
     held_out.write_text("other words\n" * 30)
     prepared = prepare_corpus(corpus_config(tmp_path / "c", source=str(source), validation=str(held_out)))
-    assert decode(prepared, prepared.train) == source.read_text() + "<|endoftext|>"
+    assert decode(prepared, prepared.train.tokens) == source.read_text() + "<|endoftext|>"
     assert decode(prepared, prepared.validation.tokens) == held_out.read_text() + "<|endoftext|>"
 
 

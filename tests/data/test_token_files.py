@@ -24,8 +24,8 @@ def test_a_text_in_pieces_is_one_document(tmp_path):
     documents = np.fromfile(prepared_folder(tmp_path / "c") / "train.documents.bin", np.int64).reshape(-1, 2)
     lengths = [len(text) + 1 for text in texts]  # bytes, and the end token
     assert documents[:, 0].tolist() == [0, *np.cumsum(lengths)[:-1]]
-    assert len(prepared.train) == sum(lengths)
-    decoded = prepared.tokenizer.decode(prepared.train.tolist(), skip_special_tokens=False)
+    assert len(prepared.train.tokens) == sum(lengths)
+    decoded = prepared.tokenizer.decode(prepared.train.tokens.tolist(), skip_special_tokens=False)
     assert decoded == "".join(text + "<|endoftext|>" for text in texts)
 
 

@@ -21,7 +21,7 @@ def test_a_tokenizers_truncation_and_padding_are_not_applied(tmp_path, text_file
     prepared = prepare_corpus(
         corpus_config(tmp_path / "c", source=str(text_file), tokenizer=str(tmp_path / "t.json"))
     )
-    assert np.array_equal(prepared.train, plain.train)
+    assert np.array_equal(prepared.train.tokens, plain.train.tokens)
 
 
 def test_a_vocabulary_with_gaps_gets_the_rows_of_its_largest_id(tmp_path, text_file):
@@ -33,8 +33,8 @@ def test_a_vocabulary_with_gaps_gets_the_rows_of_its_largest_id(tmp_path, text_f
         corpus_config(tmp_path / "c", source=str(text_file), tokenizer=str(tmp_path / "t.json"))
     )
     assert vocabulary_size(prepared.tokenizer) == 70001
-    assert set(prepared.train.tolist()) == {0, 900, 70000}
-    assert prepared.train.dtype == np.uint32
+    assert set(prepared.train.tokens.tolist()) == {0, 900, 70000}
+    assert prepared.train.tokens.dtype == np.uint32
 
 
 def test_a_tokenizer_is_trained_on_training_text_only(tmp_path):
@@ -46,7 +46,7 @@ def test_a_tokenizer_is_trained_on_training_text_only(tmp_path):
         corpus_config(tmp_path / "c", source=str(tmp_path / "text.txt"), tokenizer="bpe:300")
     )
     assert prepared.tokenizer.decode(prepared.validation.tokens.tolist()).count("zyxwv") == 250
-    assert "zyxwv" not in prepared.tokenizer.decode(prepared.train.tolist())
+    assert "zyxwv" not in prepared.tokenizer.decode(prepared.train.tokens.tolist())
     assert len(prepared.tokenizer.encode("zyxwv").ids) == 5
 
 
@@ -63,8 +63,8 @@ def test_a_tokenizer_is_known_by_its_content_and_not_by_its_place(tmp_path, text
     before = prepared_with(tmp_path / "t.json", {"<unk>": 0, "</s>": 1, "def": 2})
     edited = prepared_with(tmp_path / "t.json", {"<unk>": 0, "</s>": 1, "def": 3})
     copied = prepared_with(tmp_path / "copy.json", {"<unk>": 0, "</s>": 1, "def": 3})
-    assert set(before.train.tolist()) == {0, 1, 2}
-    assert set(edited.train.tolist()) == {0, 1, 3}
+    assert set(before.train.tokens.tolist()) == {0, 1, 2}
+    assert set(edited.train.tokens.tolist()) == {0, 1, 3}
     assert before.fingerprint != edited.fingerprint == copied.fingerprint
 
 
@@ -77,4 +77,4 @@ def test_any_tokenizer_json_can_be_used_and_its_end_token_named(tmp_path, text_f
     with pytest.raises(ConfigError, match=r"data.end_token: the tokenizer has no token"):
         prepare_corpus(corpus_config(tmp_path / "c", **settings))
     prepared = prepare_corpus(corpus_config(tmp_path / "c", **settings, end_token="STOP"))
-    assert set(prepared.train.tolist()) == {0, 1, 2}
+    assert set(prepared.train.tokens.tolist()) == {0, 1, 2}

@@ -251,6 +251,22 @@ def test_bf16_keeps_the_router_in_fp32_arithmetic_and_an_fp32_master(process_gro
     assert not torch.equal(master, master.bfloat16().float())
 
 
+def test_in_bf16_zero_2_adds_up_the_gradients_of_many_micro_batches_in_fp32(process_group):
+    """Of 512 equal micro batches the mean is each one; in bf16 a sum stops growing at 256 equal numbers."""
+    norms = []
+    for count in (1, 512):
+        config = make_config(
+            train={"global_batch_size": 8 * count}, parallel={"precision": "bf16", "zero_stage": 2}
+        )
+        engine, tokens, found = make_engine(config, process_group), batches(1)[0], None
+        for _ in range(count):
+            engine.backward(loss_of(engine(tokens[:, :-1]), tokens, config))
+            found = engine.step(1e-3)
+        assert found is not None
+        norms.append(found.total)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
 @pytest.mark.slow
 def test_one_process_needs_no_launcher_compiler_or_mpi_and_deepspeed_keeps_quiet(tmp_path):
     code = textwrap.dedent("""

@@ -47,8 +47,8 @@ def test_the_first_update_is_adamw_on_the_documented_loss(run_main):
     assert code == 0
     config = parse_config(yaml.safe_load((run / "config.yaml").read_text()))
     corpus = prepare_corpus(config)
-    ids = samples_of_step(config, corpus.train, 0)
-    samples = torch.from_numpy(read_samples(corpus.train, ids, config.data.seq_len))
+    starts = samples_of_step(config, corpus.train, 0)
+    samples = torch.from_numpy(read_samples(corpus.train.tokens, starts, config.data.seq_len))
     model = Transformer(config, expert_path="reference")
     documented_loss(model, samples).backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters()}

@@ -1,0 +1,44 @@
+"""Samples on the device, in micro batches."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.config import Config
+from moe.data.samples import documents_of_samples, read_samples
+from moe.data.text import Text
+
+
+class Batch(NamedTuple):
+    """What a forward pass takes, and what it should predict.
+
+    Attributes:
+        tokens: (B, S) int64.
+        documents: (B, S) int64, the number of each token's document; None: attention is not masked by
+            documents, or each sample is of one document.
+        targets: (B, S) int64, the next tokens.
+    """
+
+    tokens: Tensor
+    documents: Tensor | None
+    targets: Tensor
+
+
+def read_batches(config: Config, text: Text, starts: np.ndarray, device: torch.device) -> list[Batch]:
+    """Read the samples that start at some tokens of a text, `train.micro_batch_size` to a batch.
+
+    Without any sample it is one batch of none. All are moved at once, as each move waits for a GPU.
+    """
+    size, seq_len = config.train.micro_batch_size, config.data.seq_len
+    samples = torch.from_numpy(read_samples(text.tokens, starts, seq_len)).to(device).split(size)
+    documents: list[Tensor | None] = [None] * len(samples)
+    if config.data.document_masks:
+        numbers = documents_of_samples(text.documents, starts, seq_len)
+        needed = torch.from_numpy(numbers[:, 0] != numbers[:, -1]).split(size)
+        numbers = torch.from_numpy(numbers).to(device).split(size)
+        documents = [mask if bool(need.any()) else None for mask, need in zip(numbers, needed, strict=True)]
+    return [
+        Batch(sample[:, :-1], mask, sample[:, 1:]) for sample, mask in zip(samples, documents, strict=True)
+    ]
