@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe.checkpoint import reading
 from moe.checkpoint.reading import newest_checkpoint, open_checkpoint
 from moe.checkpoint.saving import Fragment, save_checkpoint
 from moe.config import RunError
@@ -36,7 +37,9 @@ def test_what_is_saved_is_read_back_bit_for_bit(tmp_path):
             assert torch.equal(checkpoint.read(kind, name), values)
 
 
-def test_any_part_of_a_tensor_is_read_whichever_shards_it_lies_in(tmp_path):
+@pytest.mark.parametrize("elements_at_once", [3, 2**20])
+def test_any_part_of_a_tensor_is_read_whichever_shards_it_lies_in(tmp_path, monkeypatch, elements_at_once):
+    monkeypatch.setattr(reading, "_READ_ELEMENTS", elements_at_once)
     values = torch.randn(23, generator=torch.Generator().manual_seed(0))
     values[5], values[6] = -0.0, 1e-42  # the sign of zero and a subnormal are bits too
     parts = [Fragment("weights", "w", (23,), i, values[i : i + 4]) for i in range(0, 23, 4)]

@@ -20,6 +20,7 @@ def test_capacity_is_the_exact_ceiling_with_no_minimum():
     assert expert_capacity(1.25, 64, 2, 8) == 20
     assert expert_capacity(1.09, 100, 1, 1) == 109  # 1.09 * 100 is 109.00000000000001 in binary
     assert expert_capacity(0.01, 8, 1, 8) == 1
+    assert expert_capacity(1.0, 9, 2, 8) == 3  # an even share is 2.25
 
 
 def test_capacity_keeps_the_highest_gate_weights_of_hand_written_routing():

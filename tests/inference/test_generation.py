@@ -27,6 +27,12 @@ def test_the_same_seed_gives_the_same_text_and_leaves_the_global_state_alone():
     assert len(first) == 15
 
 
+def test_a_model_in_evaluation_mode_stays_in_it():
+    model = make_model().eval()
+    generate_tokens(model, PROMPT, replace(SAMPLING, max_new_tokens=1))
+    assert not model.training
+
+
 def test_temperature_zero_takes_the_likeliest_token_each_time():
     model = make_model().eval()
     tokens = generate_tokens(model, PROMPT, replace(SAMPLING, temperature=0))

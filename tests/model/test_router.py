@@ -32,8 +32,9 @@ def test_hand_written_logits_give_hand_worked_gates():
 
 @pytest.mark.parametrize("top_k", [2, 3, 4])
 def test_normalised_gate_weights_sum_to_one(top_k):
-    out = make_router(top_k, True)(torch.randn(50, 8))
-    torch.testing.assert_close(out.gate_weights.sum(1), torch.ones(50))
+    router, tokens = make_router(top_k, True), torch.randn(50, 8)
+    torch.testing.assert_close(router(tokens).gate_weights.sum(1), torch.ones(50))
+    assert torch.equal(router(tokens).gate_weights, router.eval()(tokens).gate_weights)
 
 
 @pytest.mark.parametrize(("top_k", "normalize"), [(1, False), (2, False), (2, True), (3, True), (4, True)])
