@@ -123,9 +123,11 @@ def _section(
     amount = f"{short(run.summary['tokens'])} tokens each of"
     if comparison.is_race:
         amount = f"each planned for {plain(cells[0].planned_seconds or 0)} seconds of training on"
+    data = run.config.data
+    text = ", ".join(source.source for source in data.sources.values()) or data.source
     opening = (
         f"{settings}{sum(len(cell.runs) for cell in cells)} runs of {len(cells)} cells, "
-        f"seeds {', '.join(map(str, seeds))}, {amount} {run.config.data.source}. Runs of one seed share "
+        f"seeds {', '.join(map(str, seeds))}, {amount} {text}. Runs of one seed share "
         "their batches and all initial weights outside experts and routers. All runs share the validation "
         "text."
     )

@@ -79,3 +79,13 @@ def test_two_sets_of_runs_are_compared_by_the_paired_t_test_over_their_seeds(tmp
         assert int(row["params_active"]) == counts.active_all
         assert int(row["flops_per_token"]) == counts.flops_per_token_train
         assert float(row["tokens_per_s"]) == speed
+
+
+def test_the_sources_of_a_mixture_are_named(tmp_path):
+    sources = ["data.sources.a.source=a.txt", "data.sources.b.source=b.txt"]
+    weights = ["data.sources.a.weight=1", "data.sources.b.weight=2"]
+    for experts in (4, 8):
+        settings = [f"moe.num_experts={experts}", *sources, *weights]
+        write_run(tmp_path / str(experts), settings, seed=0, loss=3.0)
+    write_report(tmp_path)
+    assert " tokens each of a.txt, b.txt. Runs of one seed" in (tmp_path / "report.html").read_text()
