@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from moe.config import Config, ConfigError
 from moe.data.amounts import refuse_too_little
 from moe.data.build_lock import alone
-from moe.data.chunks import Chunks, Found, Source
+from moe.data.chunks import Chunks, Found, Source, with_progress
 from moe.data.corpus import BadRecords
 from moe.data.token_files import Part, join
 from moe.data.tokenizer import (
@@ -144,13 +143,7 @@ class Build:
         """The first training text of each source, of each as much."""
         sources = [source for source in self.sources if "train" in source.files]
         for source in sources:
-            documents = tqdm(
-                source.documents(BadRecords(skip=True)),
-                desc="training the tokenizer",
-                unit=" documents",
-                disable=None,
-                leave=False,
-            )
+            documents = with_progress(source.documents(BadRecords(skip=True)), "training the tokenizer")
             texts = (document.text for file, document in documents if file == "train")
             yield from first_bytes(texts, BPE_TRAINING_BYTES // len(sources))
 

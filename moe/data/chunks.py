@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -25,6 +25,7 @@ from moe.data.tokenizer import vocabulary_size
 
 CHUNK = 2**22  # characters: about a second of one core
 _MOST_DOCUMENTS = 256  # that are tokenized at once, on all cores
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,8 @@ class Chunks:
     def _tokenize_missing(self, wait: bool) -> None:
         """One pass over the source; a chunk that another process works at is left to it, or waited for."""
         bad, chunks = BadRecords(self._source.skips_bad), 0
-        documents = tqdm(
-            self._source.documents(bad), desc="tokenizing", unit=" documents", disable=None, leave=False
-        )
-        with (self._folder / "claims").open("ab") as claims, documents:
+        documents = with_progress(self._source.documents(bad), "tokenizing")
+        with (self._folder / "claims").open("ab") as claims:
             for number, pieces in groupby(_pieces(documents), attrgetter("chunk")):
                 if self._is_full():
                     return
@@ -203,6 +202,11 @@ class Chunks:
             np.array(encoding.ids + [self._end_id] * piece.document.ends, dtype=self.dtype)
             for piece, encoding in zip(batch, encodings, strict=True)
         ]
+
+
+def with_progress(documents: Iterable[_T], what: str) -> Iterator[_T]:
+    """Show on a terminal how many documents were read."""
+    yield from tqdm(documents, desc=what, unit=" documents", disable=None, leave=False)
 
 
 def _claim(claims: int, number: int, wait: bool) -> bool:
