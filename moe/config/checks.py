@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from moe.config.sections import DataConfig, ModelConfig, MoEConfig, OptimConfig, ParallelConfig, TrainConfig
 
 Conflict = tuple[str, str]  # the dotted key to change; what is wrong, and the fix
-MOST_SOURCES = 32  # of a mixture, so that 1,000 samples can hold some of each: see data/mixture.py
+MOST_SOURCES = 32  # of a mixture: with more, the rounding in data/mixture.py could exceed the largest share
 
 
 def model_conflicts(model: ModelConfig, data: DataConfig) -> Iterator[Conflict]:
@@ -64,7 +64,7 @@ def _mixture_conflicts(data: DataConfig) -> Iterator[Conflict]:
         yield "data.source_revisions", f"{name!r} is not one of data.sources; remove it"
     annealed = [source for source in data.sources.values() if source.anneal_weight is not None]
     if bool(annealed) != (data.anneal_step is not None):
-        problem = "and an anneal_weight of a source need each other"
+        problem = "needs a source with an anneal_weight, and such a source needs this step"
         yield "data.anneal_step", f"{problem}; set both or neither"
     if data.anneal_step and not any(data.weights_at(data.anneal_step).values()):
         yield "data.sources", "no source has a weight above 0 after data.anneal_step; raise an anneal_weight"

@@ -160,7 +160,10 @@ def test_a_stream_of_several_sources_is_read_as_far_as_each_is_needed(three):
     ("data", "complaint"),
     [
         ({"source": "x.txt"}, "data.source: has no meaning beside data.sources"),
-        ({"anneal_step": 3}, "data.anneal_step: and an anneal_weight of a source need each other"),
+        (
+            {"anneal_step": 3},
+            "data.anneal_step: needs a source with an anneal_weight, and such a source needs",
+        ),
         ({"extra_validation": {"a": "x"}}, "data.extra_validation: 'a' is one of data.sources as well"),
         ({"source_revisions": {"x": "abc"}}, "data.source_revisions: 'x' is not one of data.sources"),
         ({"sources": {"a/b": {"source": "x", "weight": 1}}}, "data.sources: 'a/b' cannot name a text"),
