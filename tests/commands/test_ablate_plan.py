@@ -6,6 +6,7 @@ import pytest
 
 from moe.ablation.ablation_folder import AblationFolder
 from scripts.ablate import main
+from tests.support.commands import exit_code
 from tests.support.paths import TINY
 
 EIGHT = ["--vary", "moe.num_experts=8"]
@@ -70,10 +71,7 @@ def test_quick_is_a_tenth_of_the_steps(config, tmp_path, capsys):
 )
 def test_bad_input_gets_one_line_exit_2_and_writes_nothing(config, tmp_path, capsys, arguments, complaint):
     out = tmp_path / "ablation"
-    try:
-        code = main([*config, *arguments, "--out", str(out)])
-    except SystemExit as end:
-        code = end.code
+    code = exit_code(main, [*config, *arguments, "--out", str(out)])
     printed = capsys.readouterr()
     assert code == 2
     assert printed.err.startswith(f"error: {complaint}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import train
+from tests.support.commands import exit_code
 from tests.support.paths import ROOT
 
 CASES = {
@@ -139,10 +140,7 @@ def snapshot(folder: Path):
 
 def refused(arguments, capsys):
     """The one line on stderr of a refused command."""
-    try:
-        code = train.main(arguments)
-    except SystemExit as stop:
-        code = stop.code
+    code = exit_code(train.main, arguments)
     printed = capsys.readouterr()
     assert code == 2, printed
     assert printed.out == ""

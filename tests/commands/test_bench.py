@@ -12,6 +12,7 @@ from moe.benchmark import processes
 from moe.benchmark.contenders import ModuleContender
 from scripts import bench
 from scripts.bench import main
+from tests.support.commands import exit_code
 from tests.support.paths import ROOT, TINY
 
 LAYER = ["layer", "--experts", "2", "--tokens", "16", "--repeats", "2"]
@@ -186,10 +187,7 @@ def test_generate_measures_a_run_and_a_configuration(capsys, run_main, small):
 )
 def test_bad_input_gets_one_line_and_exit_2(capsys, monkeypatch, arguments, complaint):
     monkeypatch.chdir(ROOT)
-    try:
-        code = main(arguments)
-    except SystemExit as end:
-        code = end.code
+    code = exit_code(main, arguments)
     printed = capsys.readouterr()
     assert (code, printed.out, printed.err.count("\n")) == (2, "", 1)
     assert printed.err.startswith(f"error: {complaint}")

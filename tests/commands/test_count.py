@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from scripts.count import main
+from tests.support.commands import exit_code
 from tests.support.paths import ROOT
 
 ZOO = sorted(map(str, (ROOT / "configs" / "zoo").glob("*.yaml")))
@@ -169,10 +170,7 @@ def test_a_model_of_a_trillion_parameters_takes_no_more_memory_than_a_tiny_one()
 )
 def test_bad_input_gets_one_line_and_exit_2(capsys, monkeypatch, arguments, complaint):
     monkeypatch.chdir(ROOT)
-    try:
-        code = main(arguments)
-    except SystemExit as end:
-        code = end.code
+    code = exit_code(main, arguments)
     printed = capsys.readouterr()
     assert code == 2
     assert printed.err.startswith(f"error: {complaint}")

@@ -3,6 +3,7 @@
 import pytest
 
 from scripts.generate import main
+from tests.support.commands import exit_code
 
 
 @pytest.mark.parametrize(
@@ -19,10 +20,7 @@ from scripts.generate import main
     ids=str,
 )
 def test_generate_refuses_bad_input_in_one_line(arguments, expected, capsys):
-    try:
-        code = main(arguments)
-    except SystemExit as stop:
-        code = stop.code
+    code = exit_code(main, arguments)
     printed = capsys.readouterr()
     assert (code, printed.out, printed.err.count("\n")) == (2, "", 1)
     assert printed.err.startswith(expected)

@@ -6,6 +6,7 @@ import pytest
 
 from moe.accounting.scaling_laws import compute_optimal, effective_params
 from scripts.plan import main
+from tests.support.commands import exit_code
 
 H100S = ["--gpu", "h100", "--gpus", "64"]
 
@@ -73,10 +74,7 @@ def test_the_table_states_the_range_of_the_laws_and_what_leaves_it(capsys):
     ],
 )
 def test_bad_input_gets_one_line_and_exit_2(capsys, arguments, complaint):
-    try:
-        code = main(arguments)
-    except SystemExit as end:
-        code = end.code
+    code = exit_code(main, arguments)
     printed = capsys.readouterr()
     assert code == 2
     assert printed.err.startswith(f"error: {complaint}")

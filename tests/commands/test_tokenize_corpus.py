@@ -7,6 +7,7 @@ import pytest
 from moe.config import load_config
 from moe.data.token_cache import plan_build, prepare_corpus
 from scripts.tokenize_corpus import main
+from tests.support.commands import exit_code
 from tests.support.paths import TINY
 
 
@@ -50,10 +51,7 @@ def test_two_processes_make_what_training_makes(overrides, tmp_path, capsys, mon
     ids=str,
 )
 def test_bad_input_is_one_line(arguments, expected, capsys):
-    try:
-        code = main(arguments)
-    except SystemExit as stop:
-        code = stop.code
+    code = exit_code(main, arguments)
     printed = capsys.readouterr()
     assert (code, printed.out, printed.err.count("\n")) == (2, "", 1)
     assert printed.err.startswith(expected)
