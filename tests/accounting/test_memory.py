@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe.accounting.memory import estimate_memory
-from moe.config import load_config, parse_config
+from moe.config import changed, load_config, parse_config
 from moe.model.attention import rotary_tables
 from moe.model.transformer import Transformer
 from tests.support.launching import free_port, stopped_at_the_end
@@ -134,6 +134,18 @@ def test_activations_are_the_tensors_that_autograd_keeps(shape, precision):
     kept = bytes_kept(model, tokens)
     # 3 %: experts that work one after the other round their rows up, by 2 % on average.
     assert estimate_memory(config, 1, "cpu").activations == pytest.approx(kept, rel=0.03)
+
+
+def test_a_document_mask_is_kept_once_for_all_layers():
+    config = load_config(TINY, ["model.vocab_size=512"])
+    model = Transformer(config)
+    tokens = torch.randint(0, 512, (config.train.micro_batch_size, config.data.seq_len))
+    documents = torch.arange(config.data.seq_len).expand_as(tokens) // 50
+    kept, without = bytes_kept(model, tokens, documents), bytes_kept(model, tokens)
+    masked = changed(config, {"data.document_masks": True})
+    estimate, plain = (estimate_memory(each, 1, "cpu").activations for each in (masked, config))
+    assert estimate == pytest.approx(kept, rel=0.03)
+    assert estimate - plain == pytest.approx(kept - without, rel=0.1)  # four layers with one each: four times
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe.accounting.memory import estimate_memory
-from moe.config import changed, load_config
+from moe.config import load_config
 from moe.data.batches import read_batches
 from moe.data.text import Text
 from tests.support.models import gradient_of, make_model
@@ -97,11 +96,3 @@ def test_the_inputs_of_a_batch_are_followed_by_its_targets(text):
 def test_ranks_without_samples_get_a_batch_of_none(text):
     [batch] = read_batches(config_of("true", 2), text, np.array([], dtype=np.int64), CPU)
     assert batch.tokens.shape == (0, 10)
-
-
-def test_the_memory_estimate_has_one_mask_for_all_layers():
-    plain = load_config(TINY, ["model.vocab_size=512"])
-    masked = changed(plain, {"data.document_masks": True})
-    batch, length = plain.train.micro_batch_size, plain.data.seq_len
-    more = estimate_memory(masked, 1, "cpu").activations - estimate_memory(plain, 1, "cpu").activations
-    assert more == batch * length * length * 4
