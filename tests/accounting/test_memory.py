@@ -145,7 +145,7 @@ def test_a_document_mask_is_kept_once_for_all_layers():
     masked = changed(config, {"data.document_masks": True})
     estimate, plain = (estimate_memory(each, 1, "cpu").activations for each in (masked, config))
     assert estimate == pytest.approx(kept, rel=0.03)
-    assert estimate - plain == pytest.approx(kept - without, rel=0.1)  # four layers with one each: four times
+    assert estimate - plain == pytest.approx(kept - without, rel=0.2)  # one mask a layer would be four times
 
 
 @pytest.mark.parametrize(
