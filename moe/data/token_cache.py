@@ -61,12 +61,13 @@ def prepare_corpus(config: Config) -> TokenizedCorpus:
             no part of it is left in the cache then.
     """
     build = plan_build(config)
+    others = [_open_source(build.config, name, (name,)) for name in config.data.extra_validation]
     texts, tokenizer, end = _built(build)
     names, extra = config.data.sources, {}
     if config.data.validation is None:
         extra = {name: texts["validation"].of_source(name) for name in names}
-    for name in config.data.extra_validation:
-        extra |= _built(_plan_extra(build.config, name, tokenizer, end))[0]
+    for source in others:
+        extra |= _built(_plan_extra(build.config, source, tokenizer, end))[0]
     commits = {source.name: source.corpus.revision for source in build.sources}
     return TokenizedCorpus(
         fingerprint=build.fingerprint,
@@ -110,9 +111,8 @@ def cache_folder(data: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gatework"
 
 
-def _plan_extra(config: Config, name: str, tokenizer: Tokenizer, end: str) -> Build:
+def _plan_extra(config: Config, source: Source, tokenizer: Tokenizer, end: str) -> Build:
     """A text of `data.extra_validation`."""
-    source = _open_source(config, name, (name,))
     settings = _settings(config.data, [source.corpus.fingerprint])
     settings |= {"tokenizer": tokenizer.to_str(), "end_token": end}
     return _plan(config, [source], settings, tokenizer)

@@ -106,6 +106,15 @@ def test_a_failed_build_leaves_nothing_in_the_cache(tmp_path):
     assert {path.name for path in (tmp_path / "c").iterdir()} <= {"locks", "hashes"}
 
 
+def test_a_further_validation_text_that_is_missing_is_refused_before_anything_is_tokenized(
+    tmp_path, text_file
+):
+    config = corpus_config(tmp_path / "c", source=str(text_file), extra_validation={"other": "missing.txt"})
+    with pytest.raises(ConfigError, match=r"^data.extra_validation: no such file: missing.txt"):
+        prepare_corpus(config)
+    assert not list((tmp_path / "c").glob("*/meta.json"))
+
+
 def test_a_damaged_cache_is_refused_by_name(tmp_path, text_file):
     config = corpus_config(tmp_path / "c", source=str(text_file))
     prepare_corpus(config)
