@@ -101,7 +101,8 @@ def test_workers_measure_side_by_side_from_the_first_step_to_the_last(script):
     assert len(long) > len(short) >= counted
     measured_from = float(short[2 * WARM_UP][2])
     assert float(long[2 * WARM_UP][2]) == pytest.approx(measured_from, abs=0.5)
-    assert float(long[-1][2]) >= float(short[counted - 1][2])
+    # Its last step can start just before the other's last one; a step of the other takes 50 ms.
+    assert float(long[-1][2]) >= float(short[counted - 2][2])
 
 
 @pytest.mark.slow
