@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe.accounting.counts import ModelCounts, count_parameters
     from moe.config import Config, ConfigError, MoEConfig, load_config
-    from moe.inference.generation import Sampling, generate
+    from moe.inference.generation import Sampling, generate, stream
     from moe.inference.trained_run import TrainedRun, load_run
     from moe.model.moe_layer import MoEAux, MoELayer
     from moe.model.transformer import Transformer
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "moe.accounting.counts": ["ModelCounts", "count_parameters"],
     "moe.config": ["Config", "ConfigError", "MoEConfig", "load_config"],
-    "moe.inference.generation": ["Sampling", "generate"],
+    "moe.inference.generation": ["Sampling", "generate", "stream"],
     "moe.inference.trained_run": ["TrainedRun", "load_run"],
     "moe.model.moe_layer": ["MoEAux", "MoELayer"],
     "moe.model.transformer": ["Transformer"],

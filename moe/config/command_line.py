@@ -1,7 +1,9 @@
 """What all commands share: a parser with one-line errors, option types, and exit codes."""
 
 import argparse
+import io
 import math
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -9,22 +11,36 @@ from typing import NoReturn
 
 from moe.config.errors import ConfigError, RunError
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit codes; 130: Ctrl-C
+# Exit codes. The last two are those that a shell gives to a program that Ctrl-C or a closed pipe has ended.
+DONE, FAILED, WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """Decorate the `main` of a command: its errors become one line on stderr and an exit code."""
+    """Decorate the `main` of a command: its errors become one line on stderr and an exit code.
+
+    What the encoding of the terminal lacks is printed as a question mark.
+    """
 
     @wraps(main)
     def with_exit_code(arguments: list[str]) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
         try:
-            return main(arguments)
+            code = main(arguments)
+            sys.stdout.flush()
+            return code
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             return WRONG_INPUT
         except RunError as error:
             print(f"error: {error}", file=sys.stderr)
             return FAILED
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:  # such as: count.py ... | head -3
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+            return BROKEN_PIPE
 
     return with_exit_code
 

@@ -24,16 +24,17 @@ class TrainedRun:
     end_id: int  # the token that ends a document
 
 
-def load_run(path: str | Path, device: str | torch.device = "cpu") -> TrainedRun:
+def load_run(path: str | Path, device: str | torch.device | None = None) -> TrainedRun:
     """Load the newest sound checkpoint of a run.
 
     Args:
         path: a run folder, such as runs/tiny.
-        device: of the model.
+        device: of the model; None: that of `torch.accelerator` if there is one, or the CPU.
 
     Raises:
-        ConfigError: the folder is not a run, or holds no sound checkpoint.
+        ConfigError: the folder is not a run, or holds no sound checkpoint, or there is no such device.
     """
+    device = _device(device)
     folder = RunFolder(Path(path))
     if not folder.config.exists():
         raise ConfigError("RUN", f"{path} is not a run folder; give one of train.py, such as runs/tiny")
@@ -55,3 +56,13 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> TrainedRun
     end_id = tokenizer.token_to_id(end_token(tokenizer, config.data.end_token))
     assert end_id is not None
     return TrainedRun(model.eval(), tokenizer, config, end_id)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).splitlines()[0]
+        raise ConfigError("device", f"{device} cannot be used: {problem}") from None

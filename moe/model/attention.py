@@ -9,23 +9,30 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
+from moe.model.key_value_cache import LayerCache
 from moe.model.products import Linear
 
 NORM_EPS = 1e-5
 
 
-def rotary_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles `position * theta ** (-2 i / Q)` (Su et al. 2021, eq. 15).
 
     Computed per forward pass rather than kept in a buffer: a bf16 engine would round a buffer, and in bf16
     neighbouring positions past 256 are the same number.
 
+    Args:
+        positions: (S,) or (B, S) int64.
+        head_dim: Q.
+        theta: the base of the angles.
+
     Returns:
-        Two tensors (S, Q / 2), fp32.
+        Two tensors (S, Q / 2) or (B, 1, S, Q / 2), fp32.
     """
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    positions = torch.arange(seq_len, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, theta**-exponents)
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float().unsqueeze(-1) * theta**-exponents
+    if positions.dim() == 2:
+        angles = angles.unsqueeze(1)  # the same for all heads
     return angles.cos(), angles.sin()
 
 
@@ -80,13 +87,20 @@ class Attention(nn.Module):
             nn.RMSNorm(heads * model.head_dim, NORM_EPS) if model.qk_norm else None for heads in together
         )
 
-    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """Attend to this and earlier positions.
 
         Args:
             hidden: (B, S, D).
             rotary: what `rotary_tables` returned for S positions.
-            mask: of `document_mask`; None: all earlier positions are of the same document.
+            mask: of `document_mask` or `KeyValueCache`; None: each position sees itself and all earlier ones.
+            cache: of earlier positions, to which these are added.
 
         Returns:
             (B, S, D), same dtype.
@@ -97,6 +111,8 @@ class Attention(nn.Module):
             rearrange(rows, "b s (h q) -> b h s q", q=self.head_dim) for rows in (query, key, value)
         )
         query_BHSQ, key_BGSQ = apply_rotary(query_BHSQ, rotary), apply_rotary(key_BGSQ, rotary)
+        if cache is not None:
+            key_BGSQ, value_BGSQ = cache.append(key_BGSQ, value_BGSQ)
         attended_BHSQ = F.scaled_dot_product_attention(
             query_BHSQ, key_BGSQ, value_BGSQ, mask, is_causal=mask is None, enable_gqa=True
         )

@@ -16,6 +16,7 @@ from moe.model.attention import NORM_EPS, Attention, document_mask, rotary_table
 from moe.model.experts import SwiGLU
 from moe.model.grouped_swiglu import ExpertPath
 from moe.model.initialization import init_weights
+from moe.model.key_value_cache import KeyValueCache, LayerCache
 from moe.model.moe_layer import MoEAux, MoELayer
 from moe.model.products import Linear, linear
 
@@ -44,10 +45,14 @@ class Block(nn.Module):
             self.ffn = MoELayer(model.d_model, moe, dispatcher, expert_path, seed=None)
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, MoEAux | None]:
         """Map (B, S, D) to (B, S, D) and the MoE layer's report, or None."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, mask)
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, mask, cache)
         normed = self.ffn_norm(hidden)
         output, aux = self.ffn(normed) if isinstance(self.ffn, MoELayer) else (self.ffn(normed), None)
         return hidden + output, aux
@@ -72,8 +77,7 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         model, dispatcher = config.model, dispatcher or LocalDispatcher()
-        self.head_dim, self.rope_theta = model.head_dim, model.rope_theta
-        self.max_seq_len = model.max_seq_len
+        self.config, self.max_seq_len = model, model.max_seq_len
         self.activation_checkpointing = config.train.activation_checkpointing
         self.embedding = nn.Embedding(config.vocab_size, model.d_model)
         self.blocks = nn.ModuleList(
@@ -83,27 +87,39 @@ class Transformer(nn.Module):
         self.head = None if model.tie_embeddings else Linear(model.d_model, config.vocab_size)
         init_weights(self, config.run.seed)
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> TransformerOutput:
+    def forward(
+        self, tokens: Tensor, documents: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> TransformerOutput:
         """Predict the token after each position.
 
         Args:
             tokens: (B, S) int64, S at most `model.max_seq_len`.
             documents: (B, S) int64, the number of each token's document, which attention does not look
                 beyond; None: each sequence is one document.
+            cache: of the tokens before these, to which these are added; without gradients and documents.
         """
         assert tokens.shape[1] <= self.max_seq_len, (tokens.shape, self.max_seq_len)
         hidden_BSD = self.embedding(tokens)
-        rotary = rotary_tables(tokens.shape[1], self.head_dim, self.rope_theta, tokens.device)
-        mask = None if documents is None else document_mask(documents, hidden_BSD.dtype)
+        if cache is None:
+            layer_caches = [None] * len(self.blocks)
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            mask = None if documents is None else document_mask(documents, hidden_BSD.dtype)
+        else:
+            layer_caches, positions, mask = cache.extend(tokens.shape[1])
+        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
         reports = []
-        for block in self.blocks:
+        for block, layer_cache in zip(self.blocks, layer_caches, strict=True):
             if self.activation_checkpointing and self.training:
                 hidden_BSD, aux = checkpoint(block, hidden_BSD, rotary, mask, use_reentrant=False)
             else:
-                hidden_BSD, aux = block(hidden_BSD, rotary, mask)
+                hidden_BSD, aux = block(hidden_BSD, rotary, mask, layer_cache)
             if aux is not None:
                 reports.append(aux)
         head = self.embedding.weight if self.head is None else self.head.weight
         logits_BSV = linear(self.final_norm(hidden_BSD), head)
         stacked = MoEAux(*(torch.stack(field) for field in zip(*reports, strict=True))) if reports else None
         return TransformerOutput(logits_BSV, stacked)
+
+    def new_cache(self, sequences: int) -> KeyValueCache:
+        """Room for `max_seq_len` tokens of each of B sequences, for `forward`."""
+        return KeyValueCache.empty(self.config, sequences, like=self.embedding.weight)

@@ -1,5 +1,6 @@
 """How a model extends a text."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.config import ConfigError
-from moe.inference.generation import Sampling, choose_token, generate_tokens
+from moe.inference.generation import Decoding, Sampling, choose_token, generate_tokens
+from moe.model.transformer import Transformer
 from tests.support.models import make_model
 
 PROMPT = torch.tensor([1, 2, 3])
@@ -48,11 +50,87 @@ def test_the_end_token_ends_the_text():
     assert stopped.tolist() == free[: free[3:].tolist().index(end) + 4].tolist()
 
 
-def test_a_context_longer_than_the_model_is_cut_from_the_left():
+@torch.no_grad()
+def naive(model: Transformer, prompt: Sequence[int], sampling: Sampling) -> list[int]:
+    """The definition: for each token the whole context anew, less half a window while it is too long."""
+    generator, tokens = torch.Generator().manual_seed(sampling.seed), list(prompt)
+    model.eval()
+    for _ in range(sampling.max_new_tokens):
+        context = tokens
+        while len(context) > model.max_seq_len:
+            context = context[(model.max_seq_len + 1) // 2 :]
+        logits = model(torch.tensor([context])).logits[0, -1].float()
+        tokens.append(int(choose_token(logits, sampling, generator)))
+    return tokens
+
+
+def decode(model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    decoding, texts = Decoding(model, prompts, sampling), [list(prompt) for prompt in prompts]
+    while decoding.sequences:
+        for number, token in decoding.step().items():
+            texts[number].append(token)
+    return texts
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model": {"n_kv_heads": 1, "qk_norm": True, "rope_theta": 100.0}},
+        {"model": {"max_seq_len": 7}, "data": {"seq_len": 7}},
+        {"model": {"max_seq_len": 1}, "data": {"seq_len": 1}},
+        {"moe": {"num_experts": 1, "top_k": 1}},
+        {"moe": {"capacity_factor": 0.5}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("length", [1, 3, 30])
+def test_kept_keys_and_values_give_the_tokens_of_the_whole_context(changes, length):
+    model = make_model(**{"model": {"max_seq_len": 16}, "data": {"seq_len": 16}} | changes)
+    prompt, sampling = torch.randint(0, 50, (length,)).tolist(), replace(SAMPLING, max_new_tokens=40)
+    assert decode(model, [prompt], sampling) == [naive(model, prompt, sampling)]
+
+
+def test_prompts_of_different_lengths_are_continued_together_as_each_alone_with_its_seed():
     model = make_model(model={"max_seq_len": 16}, data={"seq_len": 16})
-    prompt = torch.randint(0, 50, (40,))
-    cut = generate_tokens(model, prompt[-16:], SAMPLING)
-    assert torch.equal(generate_tokens(model, prompt, SAMPLING)[40:], cut[16:])
+    prompts = [torch.randint(0, 50, (length,)).tolist() for length in (5, 1, 40, 16, 5)]
+    together = decode(model, prompts, SAMPLING)
+    assert together == [naive(model, p, replace(SAMPLING, seed=n)) for n, p in enumerate(prompts)]
+
+
+def test_a_sequence_that_ends_leaves_the_others_as_they_are():
+    model, prompts = make_model(), [[1, 2], [3], [4, 5, 6]]
+    want, decoding, texts = decode(model, prompts, SAMPLING), Decoding(model, prompts, SAMPLING), prompts
+    for step in range(12):
+        if step == 4:
+            decoding.drop(0)
+        for number, token in decoding.step().items():
+            texts[number] = [*texts[number], token]
+    assert texts == [want[0][: 2 + 4], *want[1:]]
+
+
+def test_the_logits_of_a_kept_context_are_those_of_the_whole_one():
+    """In fp64, for texts of two lengths that are fed in pieces."""
+    model = make_model(model={"n_kv_heads": 1}).double().eval()
+    tokens = torch.randint(0, 50, (2, 12))
+    want = model(tokens).logits
+    with torch.no_grad():
+        cache = model.new_cache(2)
+        first = model(tokens[:1, :5], cache=cache.of(slice(0, 1))).logits
+        second = model(tokens[1:, :2], cache=cache.of(slice(1, 2))).logits
+        third = model(torch.stack((tokens[0, 5:9], tokens[1, 2:6])), cache=cache).logits
+    assert cache.lengths.tolist() == [9, 6]
+    for got, expected in ((first[0], want[0, :5]), (second[0], want[1, :2])):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(third, torch.stack((want[0, 5:9], want[1, 2:6])), rtol=0, atol=1e-12)
+
+
+def test_a_step_computes_one_token_and_a_window_that_moves_half_of_it():
+    model, computed = make_model(model={"max_seq_len": 16}, data={"seq_len": 16}), []
+    model.embedding.register_forward_hook(lambda module, inputs, output: computed.append(inputs[0].numel()))
+    decode(model, [[1] * 10], replace(SAMPLING, max_new_tokens=16))
+    # 9 and then 1 each for contexts of 10 to 16; at 17 and 25 tokens the context is 9 again, 8 of them anew.
+    assert computed == [9, *[1] * 7, 8, *[1] * 8, 8, 1]
 
 
 class _Operations(TorchDispatchMode):
@@ -94,6 +172,17 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_mass(top_p, allowed):
     assert drawn == allowed
 
 
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "allowed"),
+    [(1, 1.0, {2}), (2, 1.0, {2, 0}), (9, 1.0, {0, 1, 2, 3}), (3, 0.95, {2, 0, 1}), (3, 0.8, {2, 0})],
+)
+def test_top_k_keeps_the_likeliest_tokens_and_top_p_a_part_of_their_mass(top_k, top_p, allowed):
+    """Of 0.5, 0.3 and 0.15 the first two have 0.84 of the mass; of all four they have 0.8."""
+    logits = torch.tensor([0.3, 0.15, 0.5, 0.05]).log()
+    generator, sampling = torch.Generator().manual_seed(0), replace(SAMPLING, top_k=top_k, top_p=top_p)
+    assert {int(choose_token(logits, sampling, generator)) for _ in range(400)} == allowed
+
+
 def test_sampling_follows_the_probabilities():
     logits = torch.tensor([0.7, 0.2, 0.1]).log()
     generator = torch.Generator().manual_seed(0)
@@ -129,6 +218,8 @@ def test_top_p_counts_the_mass_after_the_temperature(temperature, allowed):
         ({"temperature": -1.0}, "temperature: should be at least 0, got -1.0"),
         ({"temperature": float("nan")}, "temperature: should be at least 0, got nan"),
         ({"top_p": 0.0}, "top_p: should be above 0 and at most 1, got 0.0"),
+        ({"top_k": 0}, "top_k: should be at least 1, got 0"),
+        ({"stop": ("a", "")}, "stop: should not be empty"),
         ({"seed": 2**63}, "seed: should be at least 0 and below 2**63"),
     ],
     ids=str,

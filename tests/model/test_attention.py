@@ -68,12 +68,12 @@ def test_attention_equals_a_plain_implementation(settings):
         if "norm" in name:  # with equal weights the norm would commute with the rotation
             torch.nn.init.uniform_(parameter, 0.5, 2.0)
     hidden = torch.randn(2, 7, 32)
-    got = layer(hidden, rotary_tables(7, model.head_dim, model.rope_theta, hidden.device))
+    got = layer(hidden, rotary_tables(torch.arange(7), model.head_dim, model.rope_theta))
     torch.testing.assert_close(got.double(), plain_attention(layer, hidden, model), rtol=1e-4, atol=1e-5)
 
 
 def test_rotated_scores_depend_on_the_distance_only():
-    cos, sin = rotary_tables(40, 8, 10_000.0, torch.device("cpu"))
+    cos, sin = rotary_tables(torch.arange(40), 8, 10_000.0)
     query, key = torch.randn(8), torch.randn(8)
 
     def score(t, s):
@@ -87,7 +87,7 @@ def test_rotated_scores_depend_on_the_distance_only():
 
 
 def test_positions_keep_fp32_precision_under_bf16():
-    cos, sin = rotary_tables(2048, 8, 10_000.0, torch.device("cpu"))
+    cos, sin = rotary_tables(torch.arange(2048), 8, 10_000.0)
     heads = torch.ones(1, 1, 2048, 8, dtype=torch.bfloat16)
     turned = apply_rotary(heads, (cos, sin))
     assert turned.dtype == torch.bfloat16
@@ -97,9 +97,9 @@ def test_positions_keep_fp32_precision_under_bf16():
 def test_rotation_of_bf16_heads_rounds_once():
     torch.manual_seed(0)
     heads = torch.randn(1, 2, 300, 16, dtype=torch.bfloat16)
-    cos, sin = (table.double() for table in rotary_tables(300, 16, 10_000.0, heads.device))
+    cos, sin = (table.double() for table in rotary_tables(torch.arange(300), 16, 10_000.0))
     first, second = heads.double().chunk(2, dim=-1)
     expected = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).bfloat16()
-    rotated = apply_rotary(heads, rotary_tables(300, 16, 10_000.0, heads.device))
+    rotated = apply_rotary(heads, rotary_tables(torch.arange(300), 16, 10_000.0))
     assert rotated.dtype == torch.bfloat16
     assert (rotated == expected).float().mean() > 0.999  # all but ties of the last bit

@@ -1,0 +1,77 @@
+"""Texts as they are written: pieces, stop strings, the end of a document."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+
+from moe.config import parse_config
+from moe.inference.generation import Sampling, generate, stream
+from moe.inference.trained_run import TrainedRun
+from moe.model.transformer import Transformer
+from tests.support.models import SMALL
+
+TEXT, END = "def x→ü😀,stop!", 256  # no byte occurs twice
+SAMPLING = Sampling(max_new_tokens=100, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def run() -> TrainedRun:
+    """A model that knows `TEXT` by heart: after each byte the next one is the likeliest, at last the end."""
+    byte_of = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(sorted(byte_of))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    own = {"vocab_size": 257, "d_model": 128, "tie_embeddings": False}
+    config = parse_config(SMALL | {"model": SMALL["model"] | own})
+    model = Transformer(config)
+    assert model.head is not None
+    with torch.no_grad():
+        for block in model.blocks:  # nothing is added to the embedding of the last token
+            for name, weight in block.named_parameters():
+                if name.endswith(("output.weight", "w_down")):
+                    weight.zero_()
+        nn.init.normal_(model.embedding.weight)
+        for token, following in pairwise([*tokenizer.encode(TEXT).ids, END]):
+            model.head.weight[following] = nn.functional.normalize(model.embedding.weight[token], dim=0) * 9
+    return TrainedRun(model.eval(), tokenizer, config, END)
+
+
+def test_a_text_is_written_up_to_the_end_of_the_document(run):
+    assert generate(run, "d", SAMPLING) == TEXT
+    assert generate(run, ["x", "def"], SAMPLING) == [TEXT[4:], TEXT]
+
+
+def test_no_piece_has_a_part_of_a_character(run):
+    pieces = [piece for _, piece in stream(run, ["d"], SAMPLING) if piece]
+    assert pieces == list(TEXT[1:])
+
+
+@pytest.mark.parametrize(
+    ("stop", "written"),
+    [
+        (["→"], "def x"),
+        (["st", "x"], "def "),
+        (["😀,s", "üh", " stopped"], "def x→ü"),
+        (["! "], TEXT),
+        (["ef"], "d"),
+    ],
+)
+def test_a_text_ends_before_the_first_stop_string(run, stop, written):
+    assert generate(run, "d", Sampling(100, temperature=0, stop=stop)) == written
+
+
+def test_what_may_begin_a_stop_string_is_held_back_until_it_is_certain(run):
+    """`ü😀` is not written before the comma has come: `ü😀!` would have been a stop string."""
+    pieces = [piece for _, piece in stream(run, ["x"], Sampling(4 + 2 + 3, temperature=0, stop=["ü😀!"]))]
+    assert [piece for piece in pieces if piece] == ["→", "ü😀"]
+    pieces = [piece for _, piece in stream(run, ["x"], Sampling(100, temperature=0, stop=["ü😀!"]))]
+    assert [piece for piece in pieces if piece] == ["→", "ü😀,", *"stop!"]
+
+
+def test_the_number_of_tokens_is_bounded(run):
+    assert generate(run, "d", Sampling(3, temperature=0)) == "def "
+    assert generate(run, "x", Sampling(4, temperature=0)) == "x→"  # and a half of the next character
