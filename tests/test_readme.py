@@ -111,6 +111,17 @@ def check_generate(words: list[str], shrink: list[str]) -> None:
     assert run([sys.executable, str(ROOT / words[1]), *words[2:]]).startswith("def ")
 
 
+def check_runs(words: list[str], shrink: list[str]) -> None:
+    assert "finished" in run([sys.executable, str(ROOT / words[1]), *words[2:]])
+
+
+def check_evaluate(words: list[str], shrink: list[str]) -> None:
+    for text in words[3:]:
+        Path(text).parent.mkdir(exist_ok=True)
+        Path(text).write_text((ROOT / text).read_text()[:1000])
+    assert "bits per byte" in run([sys.executable, str(ROOT / words[1]), *words[2:]])
+
+
 def check_tables(words: list[str], shrink: list[str]) -> None:
     """count.py and plan.py print the lines that the README shows below the command."""
     printed = run(["sh", "-c", f"{sys.executable} {ROOT}/{' '.join(words[1:])}"]).splitlines()
@@ -159,6 +170,8 @@ CHECKS: dict[str, Callable[[list[str], list[str]], None]] = {
     "torchrun": check_launcher,
     "deepspeed": check_launcher,
     "python scripts/generate.py": check_generate,
+    "python scripts/runs.py": check_runs,
+    "python scripts/evaluate.py": check_evaluate,
     "python scripts/count.py": check_tables,
     "python scripts/plan.py": check_tables,
     "python scripts/ablate.py": check_ablate,

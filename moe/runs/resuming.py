@@ -20,6 +20,8 @@ def open_run(config: Config) -> RunFolder:
     _check_usable(folder)
     if folder.config.exists() and config.run.resume == "never":
         raise ConfigError("run.resume", f"never, but {folder.path} holds a run; choose another run.name")
+    if folder.is_in_use():
+        raise folder.in_use_error()
     checkpoint, warnings = newest_checkpoint(folder.checkpoints, check_content=False)
     if checkpoint is None and warnings:
         raise all_damaged(warnings)

@@ -1,9 +1,13 @@
 """The folder of a run: where each of its files lies."""
 
+import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from moe.config import Config, ConfigError, dump_config
 
@@ -25,6 +29,37 @@ class RunFolder:
         self.sample = path / "sample.txt"  # text from the final model
         self.tokenizer = path / "tokenizer.json"  # in the format of the `tokenizers` library
         self.checkpoints = path / "checkpoints"  # a folder per checkpoint
+        self.failure = path / "failure.txt"  # why the run failed; it exists until the run goes on
+        self._lock = path / "run.lock"  # locked by the process that trains
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Train meanwhile. If this process ends in whatever way, the folder is free again.
+
+        Raises:
+            ConfigError: another process trains.
+        """
+        try:
+            with FileLock(self._lock).acquire(timeout=5):  # not at once, since `is_in_use` locks for a moment
+                yield
+        except Timeout:
+            raise self.in_use_error() from None
+
+    def is_in_use(self) -> bool:
+        """Whether a process trains, on this machine or on another one that shares the folder."""
+        if not self._lock.exists():
+            return False
+        with self._lock.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def in_use_error(self) -> ConfigError:
+        """The error for a second process that would train."""
+        problem = f"{self.path} is being trained by another process"
+        return ConfigError("run.name", f"{problem}; wait for it, stop it, or choose another run.name")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json` atomically."""
@@ -41,7 +76,7 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.config.write_text(dump_config(config))
-            for result in (self.summary, self.loss_plot, self.sample):
+            for result in (self.summary, self.loss_plot, self.sample, self.failure):
                 result.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError("run.dir", f"cannot write to {self.path} ({error.strerror})") from None

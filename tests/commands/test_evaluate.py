@@ -1,0 +1,51 @@
+"""scripts/evaluate.py: how well a trained run predicts a text."""
+
+import json
+import math
+
+import pytest
+
+from scripts.evaluate import main
+from tests.support.commands import exit_code
+from tests.support.runs import read_lines
+
+
+def test_the_table_has_a_line_for_each_text_and_one_for_all(run_main, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("def main(self):\n" * 40)
+    (tmp_path / "b.txt").write_text("\x7f?" * 300)
+    texts = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    _, run, _, _ = run_main(f"data.validation={texts[0]}", "train.eval_batches=100")
+    assert main([str(run), *texts, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out).values()
+    # The run's own evaluation leaves out the first token, and what fills no window: 640 of 641 tokens.
+    evaluated = [line["eval/loss"] for line in read_lines(run) if "eval/loss" in line]
+    assert first["nats_per_token"] == pytest.approx(evaluated[-1], rel=0.02)
+    assert first["nats_per_token"] < second["nats_per_token"]
+    assert (second["tokens"], second["num_bytes"]) == (601, 600)
+    assert main([str(run), *texts]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["text", *texts, "all"]
+    loss = (first["nats"] + second["nats"]) / (641 + 601)
+    bits = (first["nats"] + second["nats"]) / math.log(2) / (640 + 600)
+    assert lines[3][1:] == ["2", "1,242", "1,240", f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{bits:.4f}"]
+    assert main([str(run), texts[0], "--stride", "1", "--json"]) == 0
+    more_context = json.loads(capsys.readouterr().out)[texts[0]]
+    assert more_context["tokens"] == 641
+    assert more_context["nats"] != first["nats"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nowhere", "README.md"], "error: RUN: nowhere is not a run folder"),
+        (["RUN"], "error: the following arguments are required: FILE"),
+        (["RUN", "README.md", "--stride", "0"], "error: argument --stride: should be a whole number above 0"),
+        (["RUN", "README.md", "--encoding", "x"], "error: data.encoding: "),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_in_one_line(arguments, expected, capsys):
+    code = exit_code(main, arguments)
+    printed = capsys.readouterr()
+    assert (code, printed.out, printed.err.count("\n")) == (2, "", 1)
+    assert printed.err.startswith(expected)

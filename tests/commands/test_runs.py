@@ -1,0 +1,119 @@
+"""scripts/runs.py: a table of runs, and their curves."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from moe.runs.run_folder import RunFolder
+from scripts.runs import main
+from tests.support.commands import exit_code
+from tests.support.paths import ROOT
+from tests.support.runs import read_lines
+
+
+@pytest.fixture
+def rows(capsys):
+    """Call the command; the lines of its table, without the heading."""
+
+    def call(*arguments: object) -> list[str]:
+        assert main([*map(str, arguments)]) == 0
+        heading, *lines = capsys.readouterr().out.splitlines()
+        assert heading.split()[:3] == ["run", "status", "experts"]
+        return lines
+
+    return call
+
+
+def test_each_run_has_its_state_size_loss_and_speed(run_main, rows, tmp_path):
+    _, run, _, _ = run_main("optim.lr=1e-4", folder="runs/a")
+    code, _, _, error = run_main("optim.lr=1e30", "optim.grad_clip=1e30", folder="runs/deep/b")
+    assert code == 1
+    _, last = [line for line in read_lines(run) if "eval/loss" in line]
+    finished, failed = rows(tmp_path / "runs")
+    words = finished.split()
+    assert words[:4] == ["a", "finished", "4,", "top-2"]
+    assert f"{last['eval/loss']:.4f}" in words
+    assert "1.54k" in words  # 12 steps of 4 samples of 32 tokens
+    assert failed.split()[:2] == ["deep/b", "failed,"]
+    reason = (tmp_path / "runs/deep/b/failure.txt").read_text()
+    assert error == f"error: {reason}"
+
+
+def test_a_run_is_in_training_while_its_process_lives_and_can_be_continued_after_that(run_main, rows):
+    _, run, _, _ = run_main()
+    (run / "summary.json").unlink()
+    assert rows(run)[0].split()[1:6] == ["stopped,", "step", "12", "of", "12"]
+    with RunFolder(run).in_use():
+        assert rows(run)[0].split()[1] == "training,"
+        code, _, out, error = run_main("train.steps=14")
+        assert (code, out, error.count("\n")) == (2, "", 1)
+        assert error.startswith(f"error: run.name: {run} is being trained by another process; ")
+        assert main([str(run.parent)]) == 0  # and looking does not disturb
+    code, _, _, _ = run_main("train.steps=14")
+    assert code == 0
+    assert rows(run)[0].split()[1] == "finished"
+
+
+def test_a_failed_run_that_goes_on_is_no_longer_failed(run_main, rows):
+    code, run, _, _ = run_main("optim.lr=1e30", "optim.grad_clip=1e30")
+    assert code == 1
+    assert rows(run)[0].split()[1] == "failed,"
+    assert run_main("optim.lr=1e-3")[0] == 0
+    assert rows(run)[0].split()[1] == "finished"
+
+
+def test_runs_are_sorted_and_drawn(run_main, rows, tmp_path):
+    run_main("optim.lr=1e-2", "moe.num_experts=8", folder="runs/a")
+    run_main("optim.lr=1e-6", "train.steps=6", folder="runs/b")
+    names = {
+        sort: [row.split()[0] for row in rows(tmp_path / "runs", "--sort", sort)]
+        for sort in ("name", "loss", "parameters", "tokens", "written")
+    }
+    assert names["name"] == names["loss"] == names["written"] == ["a", "b"]
+    assert names["parameters"] == names["tokens"] == ["b", "a"]
+    rows(tmp_path / "runs", "--plot", tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as image:
+        colors = {color for _, color in image.convert("RGB").getcolors(2**24) or []}
+    assert {(31, 119, 180), (255, 127, 14)} <= colors  # matplotlib's first two
+
+
+def test_the_table_is_printed_again_until_it_is_stopped(run_main):
+    _, run, _, _ = run_main()
+    command = [sys.executable, str(ROOT / "scripts" / "runs.py"), str(run), "--watch", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        lines = [watching.stdout.readline() for _ in range(6)]
+        watching.send_signal(2)
+        assert watching.wait(20) == 130
+        assert watching.stderr is not None
+        assert watching.stderr.read() == "interrupted\n"
+    assert lines[0] == lines[2] == lines[4]
+    assert "finished" in lines[1]
+    assert time.strftime("%Y-") in lines[5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nowhere"], "error: FOLDER: nowhere is no folder"),
+        ([str(ROOT / "configs")], "error: FOLDER: "),
+        ([".", "--sort", "x"], "error: argument --sort: invalid choice: 'x'"),
+        ([".", "--watch", "0"], "error: argument --watch: should be a number above 0"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_in_one_line(arguments, expected, capsys):
+    code = exit_code(main, arguments)
+    printed = capsys.readouterr()
+    assert (code, printed.out, printed.err.count("\n")) == (2, "", 1)
+    assert printed.err.startswith(expected)
+
+
+def test_a_picture_that_cannot_be_written_is_refused_in_one_line(run_main, capsys, tmp_path):
+    _, run, _, _ = run_main()
+    for name in ("nowhere/a.png", "a.nothing"):
+        assert main([str(run), "--plot", str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: --plot: cannot write {tmp_path / name} (")
