@@ -3,10 +3,10 @@
     python train.py [CONFIG] [section.key=value ...]
     torchrun --nproc-per-node N train.py ...        deepspeed --num_gpus N train.py ...
 
-CONFIG is a YAML file, configs/tiny.yaml unless given. This file is the training loop; read it top to bottom.
+CONFIG is a YAML file, configs/tiny.yaml unless given, or the folder of a run that goes on. This file is the
+training loop; read it top to bottom.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -21,14 +21,17 @@ from typing import Any
 # imported). By its own default a run beside two others took 8.9 s a step, with this 0.8; alone it costs 2 %.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+from moe.config.train_arguments import check_arguments, read_arguments
+
+if __name__ == "__main__":
+    check_arguments()  # before torch is imported, which takes seconds
 
 from moe.accounting.counts import count_parameters
 from moe.accounting.gpus import find_gpu
 from moe.checkpoint.reading import Checkpoint, newest_checkpoint
 from moe.checkpoint.saving import save_checkpoint, set_aside_newer
-from moe.config import Config, ConfigError, RunError, changed, dump_config, load_config
-from moe.config.command_line import DONE, INTERRUPTED, OneLineParser, command
-from moe.config.reference import help_text
+from moe.config import Config, ConfigError, RunError, changed
+from moe.config.command_line import DONE, INTERRUPTED, command
 from moe.data.amounts import corpus_warnings
 from moe.data.batches import read_batches
 from moe.data.samples import samples_of_step
@@ -55,8 +58,6 @@ from moe.training.loss import training_loss
 from moe.training.optimizer import learning_rate
 from moe.training.step_metrics import StepMeter
 from moe.training.stop_request import StopRequest
-
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 
 
 def train(config: Config) -> int:
@@ -149,10 +150,7 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
 def build(run: Run) -> Engine:
     """The model with its initial weights, under the engine."""
     config, world, device = run.config, run.world, run.world.device.type
-    world.print(
-        f"{run.folder.path}: {len(run.corpus.train.tokens):,} training tokens, {world.size} x {device}"
-    )
-    world.print(overview(config, run.counts, world.size, device))
+    world.print(overview(config, run.counts, len(run.corpus.train.tokens), world.size, device))
     for warning in corpus_warnings(config, run.corpus.train, run.corpus.validation):
         world.print(f"warning: {warning}", file=sys.stderr)
     model = Transformer(config, choose_dispatcher(world.groups, config.parallel))
@@ -268,27 +266,9 @@ def check_finite(metrics: dict[str, Any], key: str, step: int) -> None:
 
 @command
 def main(arguments: list[str]) -> int:
-    """Parse the command line and train."""
-    parser = OneLineParser(
-        prog="train.py",
-        description="Train a sparse mixture-of-experts language model.",
-        epilog="keys, with the defaults of those that the file leaves out:\n" + help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "items",
-        nargs="*",
-        metavar="CONFIG | key=value",
-        help=f"a YAML file (default configs/{DEFAULT_CONFIG.name}), then overrides",
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from DeepSpeed's launcher
-    options = parser.parse_intermixed_args(arguments)
-    items: list[str] = options.items
-    names_file = bool(items) and ("=" not in items[0] or items[0].endswith((".yaml", ".yml")))
-    config = load_config(Path(items.pop(0)) if names_file else DEFAULT_CONFIG, items)
-    if options.print_config:
-        print(dump_config(config), end="")
+    """Read the command line and train."""
+    config = read_arguments(arguments, Path(__file__).parent)
+    if config is None:
         return DONE
     try:
         return train(config)

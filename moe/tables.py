@@ -31,5 +31,11 @@ def plain(number: float) -> str:
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB."""
+    """Bytes as GiB, for tables."""
     return f"{size / 2**30:,.2f} GiB"
+
+
+def memory_size(size: float) -> str:
+    """Bytes in the unit that suits them."""
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if size >= u), (2**10, "KiB"))
+    return f"{plain(size / unit)} {name}"

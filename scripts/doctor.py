@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         counts = [count for count in counts if count <= torch.cuda.device_count()]
     if not options.real_shapes:
         overrides += shrunk(original, counts)
-    half, warmup = max(1, options.steps // 2), min(original.optim.warmup_steps, options.steps // 4)
+    half, warmup = max(1, options.steps // 2), min(original.warmup_steps, options.steps // 4)
     overrides += [f"train.steps={options.steps}", f"train.checkpoint_interval={half}", "train.eval_batches=1"]
     overrides += [f"train.eval_interval={half}", f"optim.warmup_steps={warmup}", "train.keep_checkpoints=2"]
     overrides += ["train.compile=false", "log.interval=1", "log.wandb=disabled", "run.resume=auto"]

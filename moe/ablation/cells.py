@@ -181,4 +181,4 @@ def shortened(config: Config, times: int) -> Config:
     steps = max(config.train.steps // times, 1)
     half = math.ceil(steps / 2)
     changes = {"train.steps": steps, "train.eval_interval": half, "train.checkpoint_interval": half}
-    return changed(config, changes | {"optim.warmup_steps": config.optim.warmup_steps // times})
+    return changed(config, changes | {"optim.warmup_steps": config.warmup_steps // times})

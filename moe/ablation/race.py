@@ -74,7 +74,7 @@ def stretched(config: Config, steps: int) -> Config:
     The warm-up keeps its share, not its number of steps: with a fixed number, a slow cell would spend more of
     its time at low learning rates. Intervals are rounded up, so that no cell is evaluated more often.
     """
-    train, warm_up = config.train, config.optim.warmup_steps
+    train, warm_up = config.train, config.warmup_steps
     changes = {
         "train.steps": steps,
         "train.eval_interval": -(-train.eval_interval * steps // train.steps),
@@ -97,7 +97,7 @@ def race_table(cells: Sequence[Cell], config: Config) -> Iterator[list[str]]:
             f"{plain(1000 * time.low)} to {plain(1000 * time.high)}",
             str(time.steps),
             f"{time.seconds / dense.seconds:.3f}",
-            f"{cell.config.optim.warmup_steps:,}",
+            f"{cell.config.warmup_steps:,}",
             f"{cell.config.train.steps:,}",
             short(cell.tokens),
             plain(cell.config.train.steps * time.seconds),

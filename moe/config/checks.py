@@ -96,9 +96,9 @@ def training_conflicts(
         yield "train.micro_batch_size", f"{problem} ({train.global_batch_size}); choose a divisor"
     if train.compile and parallel.ep_size > 1:
         yield "train.compile", "does not work with parallel.ep_size above 1; set it to false"
-    if optim.warmup_steps > train.steps:
+    if optim.warmup_steps is not None and optim.warmup_steps > train.steps:
         problem = f"{optim.warmup_steps} is more than train.steps ({train.steps})"
-        yield "optim.warmup_steps", f"{problem}; lower it"
+        yield "optim.warmup_steps", f"{problem}; lower it, or use null"
     for beta in optim.betas:
         if not 0 <= beta < 1:
             yield "optim.betas", f"each must be at least 0 and less than 1, got {beta}; lower it"

@@ -11,16 +11,24 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from moe.config.errors import ConfigError
 from moe.config.schema import Config, config_fields, on_resume
 
 START, END = "<!-- keys: start -->", "<!-- keys: end -->"
 
 
-def help_text() -> str:
-    """One line per dotted key: type, default, meaning. The body of `train.py --help`."""
+def help_text(section: str = "") -> str:
+    """One line per dotted key of a section, or of all: values, default, meaning, for `train.py --help`.
+
+    Raises:
+        ConfigError: there is no such section.
+    """
+    if section and section not in Config.model_fields:
+        raise ConfigError("--help", f"no section {section!r}; there are {', '.join(Config.model_fields)}")
     return "\n".join(
-        f"  {key:<33} {_type_name(field.annotation):<29} {_default(field):<14} {field.description}"
+        f"  {key:<33} {_values(field):<29} {_default(field):<14} {field.description}"
         for key, field in config_fields().items()
+        if key.startswith(f"{section}." if section else "")
     )
 
 
@@ -32,7 +40,7 @@ def markdown() -> str:
         lines += ["| key | type | default | meaning | may change on resume |", "|---|---|---|---|---|"]
         for key, field in config_fields().items():
             if key.startswith(f"{name}."):
-                kind = _type_name(field.annotation).replace(" | ", " or ").replace("|", ", ")
+                kind = _values(field).replace(" | ", " or ").replace("|", ", ")
                 may_change = "" if on_resume(key) == "refused" else "yes"
                 default = _default(field).removeprefix("= ")
                 lines.append(f"| `{key}` | {kind} | {default} | {field.description} | {may_change} |")
@@ -44,6 +52,19 @@ def replace_table(page: str) -> str:
     """The page with everything between its two markers replaced by `markdown()`."""
     before, _, rest = page.partition(START)
     return f"{before}{START}\n\n{markdown()}\n\n{END}{rest.partition(END)[2]}"
+
+
+def _values(field: FieldInfo) -> str:
+    """The type, and the bounds of a number: `int >= 0`."""
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [
+        f"{sign} {getattr(check, name):g}"
+        for check in field.metadata
+        for name, sign in signs.items()
+        if getattr(check, name, None) is not None
+    ]
+    kind, *others = _type_name(field.annotation).split(" | ")
+    return " | ".join([" ".join([kind, " and ".join(bounds)]).strip(), *others])
 
 
 def _default(field: FieldInfo) -> str:

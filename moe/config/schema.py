@@ -66,6 +66,12 @@ class Config(Section):
         """Indices of the layers at MoE positions."""
         return self.moe.layers(self.model.n_layers)
 
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        given = self.optim.warmup_steps
+        return self.train.steps // 20 if given is None else given
+
     def accumulation_steps(self, world_size: int) -> int:
         """Forwards per rank that make up one global batch.
 

@@ -44,7 +44,7 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """The transformer around the experts."""
 
-    d_model: int = _key(128, "width of the residual stream", gt=0, multiple_of=8)
+    d_model: int = _key(128, "width of the residual stream; multiples of 8 are fastest", gt=0)
     n_layers: int = _key(4, "number of blocks", gt=0)
     n_heads: int = _key(4, "query heads", gt=0)
     n_kv_heads: int = Field(
@@ -57,7 +57,7 @@ class ModelConfig(Section):
         gt=0,
         description="width of one head, even; default d_model / n_heads",
     )
-    d_ff: int = _key(512, "hidden width of the dense SwiGLU blocks", gt=0, multiple_of=8)
+    d_ff: int = _key(512, "hidden width of the dense SwiGLU blocks; multiples of 8 are fastest", gt=0)
     max_seq_len: int = _key(256, "longest context, in tokens", gt=0)
     rope_theta: float = _key(10_000.0, "base of the rotary frequencies", gt=1)
     tie_embeddings: bool = _key(True, "share the input embedding with the output head")
@@ -71,7 +71,7 @@ class MoEConfig(Section):
 
     num_experts: int = _key(8, "experts per MoE layer; 1 with top_k 1 is the dense model", gt=0)
     top_k: int = _key(2, "experts per token", gt=0)
-    d_ff_expert: int = _key(512, "hidden width of one expert", gt=0, multiple_of=8)
+    d_ff_expert: int = _key(512, "hidden width of one expert; multiples of 8 are fastest", gt=0)
     num_shared_experts: int = _key(0, "experts that see every token", ge=0)
     capacity_factor: float | None = _key(
         None, "null: dropless; else an expert takes at most ceil(factor * T * K / E)", gt=0
@@ -184,7 +184,9 @@ class OptimConfig(Section):
 
     lr: float = _key(3e-3, "peak learning rate", gt=0)
     min_lr_ratio: float = _key(0.1, "last learning rate over the peak", ge=0, le=1)
-    warmup_steps: int = _key(20, "steps of linear warm-up", ge=0)
+    warmup_steps: _Extends[int | None] = _key(
+        None, "steps of linear warm-up; null: a twentieth of train.steps", ge=0
+    )
     betas: tuple[float, float] = _key((0.9, 0.95), "Adam's decay rates of the two moments")
     weight_decay: float = _key(0.1, "decoupled decay of matrices; norms are never decayed", ge=0)
     grad_clip: float = _key(1.0, "largest global gradient norm; 0: no clipping", ge=0)

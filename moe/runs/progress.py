@@ -1,5 +1,6 @@
 """What a run shows and records while it trains: a progress bar or lines of text, and `metrics.jsonl`."""
 
+import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,6 +24,7 @@ class Progress:
 
     def __init__(self, config: Config, folder: RunFolder, world: World, first_step: int):
         self._steps, self._interval = config.train.steps, config.log.interval
+        self._first_step, self._started = first_step, time.perf_counter()
         self._folder, self._stack, self._log = folder, ExitStack(), None
         if world.rank == 0:
             self._stack.enter_context(folder.in_use())
@@ -49,7 +51,13 @@ class Progress:
         if self._log is not None and (step % self._interval == 0 or step in (1, self._steps)):
             self._log.write(metrics)
             if self._bar.disable:
-                print(f"step {step}/{self._steps}: loss {loss:.4f}, {speed:,.0f} tokens/s", flush=True)
+                figures = f"loss {loss:.4f}, {speed:,.0f} tokens/s, {self._time_left(step)} left"
+                print(f"step {step}/{self._steps}: {figures}", flush=True)
+
+    def _time_left(self, step: int) -> str:
+        """By the mean time of the steps so far, with their evaluations and checkpoints."""
+        seconds = (time.perf_counter() - self._started) / (step - self._first_step)
+        return tqdm.format_interval(round(seconds * (self._steps - step)))
 
     def evaluation(self, metrics: dict[str, Any]) -> None:
         """Show and record an evaluation."""

@@ -10,30 +10,38 @@ from moe.accounting.counts import ModelCounts
 from moe.accounting.gpus import GPU
 from moe.accounting.memory import estimate_memory
 from moe.config import Config
-from moe.tables import align, gib
+from moe.tables import memory_size, plain, short
 
 _CLEAR_RISE = 0.01  # nats; a smaller one is noise of short runs
 
 
-def overview(config: Config, counts: ModelCounts, world_size: int, device: str) -> str:
-    """The table that a run prints at its start: parameters, total and active, FLOPs, memory, bytes sent."""
-    memory = estimate_memory(config, world_size, device)
-    communication = estimate_communication(config, world_size)
-    sparse = f"{config.moe.num_experts} experts, top-{config.moe.top_k}"
-    rows = [
-        ("model", "dense" if config.moe.is_dense else sparse),
-        ("parameters, total", f"{counts.total:,}"),
-        ("parameters, active per token", f"{counts.active_all:,}"),
-        ("  without input embedding", f"{counts.active_no_input_emb:,}"),
-        ("  without both embeddings", f"{counts.active_no_emb:,}"),
-        ("total / active", f"{counts.sparsity:.2f}"),
-        ("FLOPs per token, forward", f"{counts.flops_per_token_forward:,}"),
-        ("FLOPs per token, training", f"{counts.flops_per_token_train:,}"),
-        ("memory of a rank, at its peak", gib(memory.peak)),
-        *((f"  {part}", gib(size)) for part, size in memory.by_part().items()),
-        ("sent by a rank in a step", gib(communication.total)),
+def overview(config: Config, counts: ModelCounts, text_tokens: int, world_size: int, device: str) -> str:
+    """What a run prints at its start: the model, its parameters, FLOPs, memory, text, and what ranks send.
+
+    Args:
+        config: of the run.
+        counts: of its model.
+        text_tokens: of the training text.
+        world_size: number of ranks.
+        device: their type, `cpu` or `cuda`.
+    """
+    model, moe, train = config.model, config.moe, config.train
+    memory, sent = estimate_memory(config, world_size, device), estimate_communication(config, world_size)
+    where = "" if len(config.moe_layers) == model.n_layers else f" in {len(config.moe_layers)} of them"
+    experts = "dense" if moe.is_dense else f"{moe.num_experts} experts, top-{moe.top_k}{where}"
+    tokens = train.steps * train.global_batch_size * config.data.seq_len
+    flops, epochs = counts.flops_per_token_train, plain(tokens / text_tokens)
+    active = f"{counts.active_all:,} active for a token (total / active: {counts.sparsity:.2f})"
+    lines = [
+        f"model:       {model.n_layers} layers of width {model.d_model}, {experts}",
+        f"parameters:  {counts.total:,}, {active}",
+        f"FLOPs:       {short(flops)} a token in training, {short(flops * tokens)} in {train.steps:,} steps",
+        f"memory:      about {memory_size(memory.peak)} on each {device}, without that of PyTorch itself",
+        f"text:        {text_tokens:,} tokens; the run reads {tokens:,}, {epochs} epochs",
     ]
-    return "\n".join(f"  {line}" for line in align(rows).splitlines())
+    if world_size > 1:
+        lines.append(f"ranks:       {world_size}, each sends {memory_size(sent.total)} a step")
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def summarize(

@@ -26,9 +26,9 @@ def learning_rate(config: Config, step: int) -> float:
         config: its section `optim`, and `train.steps`.
         step: 0 for the first optimizer step.
     """
-    optim = config.optim
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / max(1, config.train.steps - 1 - optim.warmup_steps)
+    optim, warm_up = config.optim, config.warmup_steps
+    if step < warm_up:
+        return optim.lr * (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, config.train.steps - 1 - warm_up)
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * cosine)

@@ -41,7 +41,7 @@ def race(tmp_path) -> Path:
     for cell in cells:
         shape = SHAPES["dense" if cell.is_dense else cell.name.partition("=")[2]]
         steps = cell.config.train.steps
-        settings = [*shape[0], f"train.steps={steps}", f"optim.warmup_steps={cell.config.optim.warmup_steps}"]
+        settings = [*shape[0], f"train.steps={steps}", f"optim.warmup_steps={cell.config.warmup_steps}"]
         for seed, loss in enumerate(shape[1]):
             run = folder.run(cell.name, seed)
             write_run(run.path, settings, seed, loss, 1024 / taken[cell.name])

@@ -75,7 +75,7 @@ def test_steps_are_those_whose_time_is_nearest_to_that_of_the_dense_steps(
 
 def test_a_stretched_schedule_keeps_the_shares_of_warm_up_evaluations_and_checkpoints():
     # tiny: 1,200 steps, warm-up 60, evaluated every 200, saved every 400.
-    assert stretched(TINY, 1200) == TINY
+    assert stretched(TINY, 1200) == changed(TINY, {"optim.warmup_steps": 60})
     half = stretched(TINY, 600)
     assert (half.train.steps, half.optim.warmup_steps) == (600, 30)
     assert (half.train.eval_interval, half.train.checkpoint_interval) == (100, 200)
@@ -119,7 +119,7 @@ def test_every_cell_gets_the_time_of_the_dense_one(tmp_path):
         "dense,equal_total": 300,
     }
     assert [cell.planned_seconds for cell in cells] == pytest.approx([240] * 5)
-    assert {cell.config.optim.warmup_steps / cell.config.train.steps for cell in cells} == {0.05}
+    assert {cell.config.warmup_steps / cell.config.train.steps for cell in cells} == {0.05}
     widths = {cell.name: cell.config.moe.d_ff_expert for cell in cells}
     assert widths["num_experts=8"] == widths["num_experts=16"] == 256  # of equal active FLOPs
     assert list(tmp_path.iterdir()) == []

@@ -21,6 +21,9 @@ CASES = {
     "steps=5": "steps: names no section, did you mean train.steps?",
     "train.steps": "train.steps: is not section.key=value",
     "model=3": "model: names no section",
+    "configs": "RUN: configs is not a run's folder; give one such as runs/tiny, or a YAML file",
+    "a.yaml b.yaml": "CONFIG: a.yaml and b.yaml are two configurations; give one",
+    "--help=mo": "--help: no section 'mo'; there are run, model, moe, data,",
     # type and range
     "moe.num_experts=eight": "moe.num_experts: should be a valid integer",
     "train.steps=1.5": "train.steps: should be a valid integer",
@@ -32,7 +35,7 @@ CASES = {
     "optim.betas=[0.9,1.0]": "optim.betas: each must be at least 0 and less than 1",
     "optim.betas=0.9": "optim.betas: should be a valid array",
     "moe.capacity_factor=0": "moe.capacity_factor: should be greater than 0",
-    "model.d_model=60 model.n_heads=4": "model.d_model: should be a multiple of 8",
+    "model.d_model=60 model.n_heads=4": "model.head_dim: rotary positions need an even width, got 15",
     "parallel.zero_stage=3": "parallel.zero_stage: should be 1 or 2, got 3",
     "parallel.precision=fp16": "parallel.precision: should be 'fp32' or 'bf16'",
     "log.wandb=maybe": "log.wandb: should be 'disabled', 'offline' or 'online'",

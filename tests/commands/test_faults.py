@@ -17,7 +17,7 @@ from moe.config import load_config
 from moe.data.samples import num_samples
 from moe.data.token_cache import prepare_corpus
 from tests.support.launching import DEEPSPEED, TWO_RANKS, free_port, launched
-from tests.support.paths import TRAIN
+from tests.support.paths import TINY, TRAIN
 from tests.support.ranks import run_ranks, start_ranks
 from tests.support.runs import assert_same_run, read_lines
 from tests.support.training import Trained, train_each, train_on_ranks, train_once
@@ -180,7 +180,7 @@ def test_evaluation_counts_each_sample_once_where_a_rank_has_none_in_the_last_ro
     text = tmp_path / "text"
     text.write_text("".join(f"this is line {line:06d}\n" for line in range(180)))
     arguments = [*small, f"data.source={text}", "train.steps=2", "train.eval_batches=50"]
-    corpus = prepare_corpus(load_config(train.DEFAULT_CONFIG, arguments))
+    corpus = prepare_corpus(load_config(TINY, arguments))
     assert num_samples(len(corpus.validation.tokens), 32) % 4 in (1, 2)  # of two ranks with two samples each
     train_on_ranks(2, [*arguments, "parallel.ep_size=2", f"run.dir={tmp_path / 'two'}"])
     assert train.main([*arguments, f"run.dir={tmp_path / 'one'}"]) == 0

@@ -15,7 +15,7 @@ log.interval log.wandb log.wandb_project
 cost.peak_flops cost.watts cost.usd_per_hour cost.pue cost.kg_co2e_per_kwh
 """
 # A resumed run may change these, but a finished run with another value is another result.
-EXTENDS = "train.steps parallel.precision"
+EXTENDS = "train.steps optim.warmup_steps parallel.precision"
 
 
 def test_exactly_these_keys_are_free():

@@ -1,7 +1,5 @@
 """The reference of all keys: train.py --help, and the table of configs/README.md."""
 
-import pytest
-
 import train
 from moe.config import Config, flat_config, on_resume
 from moe.config.reference import END, START, help_text, markdown, replace_table
@@ -25,8 +23,7 @@ log.interval log.wandb log.wandb_project
 def test_the_contract_keys_exist_and_help_lists_every_key_with_a_meaning(capsys):
     keys = flat_config(Config())
     assert set(CONTRACT.split()) <= set(keys)
-    with pytest.raises(SystemExit):
-        train.main(["--help"])
+    assert train.main(["--help"]) == 0
     shown = capsys.readouterr().out
     for key in keys:
         assert f"  {key} " in shown, key

@@ -1,0 +1,82 @@
+"""The command line of train.py, read without torch, so that what is wrong with it is said at once."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from moe.config.command_line import DONE, OneLineParser, command
+from moe.config.errors import ConfigError
+from moe.config.loading import changed, dump_config, load_config
+from moe.config.reference import help_text
+from moe.config.schema import Config
+
+DEFAULT_CONFIG = Path("configs") / "tiny.yaml"  # in the folder of train.py
+
+
+def read_arguments(arguments: list[str], root: Path) -> Config | None:
+    """The configuration that a command line names; None if it was only to be printed, or help.
+
+    Args:
+        arguments: a YAML file or a run's folder, at most one, and overrides, in any order; options.
+        root: the folder that holds `DEFAULT_CONFIG`.
+
+    Raises:
+        ConfigError: anything wrong in the file or the overrides.
+    """
+    parser = OneLineParser(
+        prog="train.py", description="Train a sparse mixture-of-experts language model.", add_help=False
+    )
+    items_help = f"a YAML file (default {DEFAULT_CONFIG}) or a run's folder, and overrides, in any order"
+    parser.add_argument("items", nargs="*", metavar="CONFIG | RUN | key=value", help=items_help)
+    help_help = "print this and all keys, or the keys of a section such as moe, and exit"
+    parser.add_argument("-h", "--help", nargs="?", const="", metavar="SECTION", help=help_help)
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from DeepSpeed's launcher
+    options = parser.parse_intermixed_args(arguments)
+    if options.help is not None:
+        keys = help_text(options.help)
+        print(keys if options.help else f"{parser.format_help()}\nkeys, with their defaults:\n{keys}")
+        return None
+    overrides = [item for item in options.items if _is_override(item)]
+    paths = [item for item in options.items if item not in overrides]
+    if len(paths) > 1:
+        fix = "give one; overrides read section.key=value"
+        raise ConfigError("CONFIG", f"{paths[0]} and {paths[1]} are two configurations; {fix}")
+    path, run = Path(paths[0]) if paths else root / DEFAULT_CONFIG, None
+    if path.is_dir():
+        if not (path / "config.yaml").is_file():
+            raise ConfigError(
+                "RUN", f"{path} is not a run's folder; give one such as runs/tiny, or a YAML file"
+            )
+        path, run = path / "config.yaml", path
+    config = load_config(path, overrides)
+    if run is not None:  # which may have been moved since it began
+        config = changed(config, {"run.dir": str(run)})
+    if options.print_config:
+        print(dump_config(config), end="")
+        return None
+    return config
+
+
+@command
+def _say_what_is_wrong(arguments: list[str]) -> int:
+    config = read_arguments(arguments, Path(sys.argv[0]).parent)
+    if config is None:
+        sys.exit(DONE)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{config.run.dir}: loading PyTorch and DeepSpeed", flush=True)
+    return DONE
+
+
+def check_arguments() -> None:
+    """End this process if its command line is wrong or asks for help; else say that it starts."""
+    if code := _say_what_is_wrong(sys.argv[1:]):
+        sys.exit(code)
+
+
+def _is_override(item: str) -> bool:
+    """Whether an item is no path. A path may hold an equals sign: `lr=3/c.yaml`, `runs/num_experts=8`."""
+    if item.endswith((".yaml", ".yml")) or Path(item).is_dir():
+        return False
+    return "=" in item or item.partition(".")[0] in Config.model_fields  # without a value it is refused later
