@@ -1,6 +1,7 @@
 """What `from moe import ...` gives: a layer for anyone's model, a model, and a trained run."""
 
-import importlib
+import importlib.metadata
+import importlib.resources
 import subprocess
 import sys
 
@@ -114,3 +115,52 @@ def test_a_trained_run_is_loaded_and_writes_text(run_main):
     assert generate(run, sampling=sampling) != text  # a document from nothing
     with pytest.raises(moe.ConfigError, match=r"^RUN: .* is not a run folder"):
         load_run(folder / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_experts": 4, "top_k": 5}, r"top_k \(5\) is more than num_experts \(4\)"),
+        ({"num_experts": 4, "top_k": 1}, "with top_k 1 every normalized gate weight is the constant 1"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together_are_value_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MoELayer(16, MoEConfig(d_ff_expert=32, **settings))
+
+
+@pytest.mark.parametrize(
+    "hidden", [torch.zeros(5, 16), torch.zeros(1, 5, 8), torch.zeros(1, 5, 16).long()], ids=str
+)
+def test_an_input_of_a_wrong_shape_or_type_is_a_value_error(hidden):
+    layer = MoELayer(16, MoEConfig(num_experts=4, d_ff_expert=32))
+    with pytest.raises(
+        ValueError, match=r"^hidden should be \(batch, sequence, 16\) of a float type"
+    ):
+        layer(hidden)
+
+
+def test_tokens_and_targets_of_a_wrong_shape_or_type_are_value_errors():
+    config = moe.config.parse_config(SMALL)
+    model, tokens = Transformer(config), torch.zeros(2, 9, dtype=torch.int64)
+    for wrong in (tokens[0], tokens.float()):
+        with pytest.raises(ValueError, match=r"^tokens should be \(batch, sequence\) of int64, got \("):
+            model(wrong)
+    with pytest.raises(ValueError, match=r"^257 tokens are more than max_seq_len \(256\)"):
+        model(torch.zeros(1, 257, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"^targets should be \(batch, sequence\) = \(2, 8\), got \(2, 9\)"):
+        training_loss(model(tokens[:, :-1]), tokens, config.moe)
+
+
+def test_the_version_is_that_of_the_package_and_its_types_are_marked():
+    assert moe.__version__ == importlib.metadata.version("gatework")
+    assert importlib.resources.files("moe").joinpath("py.typed").is_file()
+
+
+def test_paths_and_devices_may_be_strings(run_main):
+    _, folder, _, _ = run_main()
+    run = load_run(str(folder), "cpu")
+    assert generate(run, "def ").startswith("def ")
+    with pytest.raises(moe.ConfigError, match=r"^device: nowhere cannot be used: "):
+        load_run(str(folder), "nowhere")

@@ -64,6 +64,9 @@ class MoELayer(nn.Module):
         expert_path: how the experts multiply; see `GroupedExperts`.
         seed: of the initial weights; layers of one seed start equal, so stacked ones need a seed each. None:
             the owner of this layer initializes them.
+
+    Raises:
+        ValueError: settings that do not go together.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class MoELayer(nn.Module):
     ):
         super().__init__()
         dispatcher = dispatcher or LocalDispatcher()
-        self.num_experts = moe.num_experts
+        self.d_model, self.num_experts = d_model, moe.num_experts
         self.capacity_factor = moe.capacity_factor
         self.dispatcher = dispatcher
         self.router = Router(d_model, moe.num_experts, moe.top_k, moe.normalize_gate_weights)
@@ -96,7 +99,13 @@ class MoELayer(nn.Module):
 
         Returns:
             (B, S, D) of the same dtype, and the report.
+
+        Raises:
+            ValueError: the input has another shape, or holds integers.
         """
+        if hidden.dim() != 3 or hidden.shape[2] != self.d_model or not hidden.is_floating_point():
+            expected = f"(batch, sequence, {self.d_model}) of a float type"
+            raise ValueError(f"hidden should be {expected}, got {tuple(hidden.shape)} of {hidden.dtype}")
         tokens_TD = hidden.flatten(0, 1)
         routing = self.router(tokens_TD)
         num_tokens, top_k = routing.expert_indices.shape

@@ -22,13 +22,19 @@ class Router(nn.Module):
         num_experts: E.
         top_k: K.
         normalize_gate_weights: whether a token's K weights sum to 1. With K = 1 that would cut the router off
-            from the loss, and is refused by the configuration.
+            from the loss, and is refused.
+
+    Raises:
+        ValueError: `top_k` does not go with the other two.
     """
 
     def __init__(self, d_model: int, num_experts: int, top_k: int, normalize_gate_weights: bool):
         super().__init__()
-        assert top_k <= num_experts, (top_k, num_experts)
-        assert top_k > 1 or not normalize_gate_weights, "a normalised top-1 gate weight is the constant 1"
+        if top_k > num_experts:
+            raise ValueError(f"top_k ({top_k}) is more than num_experts ({num_experts})")
+        if top_k == 1 and normalize_gate_weights:
+            fix = "set normalize_gate_weights to False"
+            raise ValueError(f"with top_k 1 every normalized gate weight is the constant 1; {fix}")
         self.top_k = top_k
         self.normalize_gate_weights = normalize_gate_weights
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))

@@ -97,8 +97,15 @@ class Transformer(nn.Module):
             documents: (B, S) int64, the number of each token's document, which attention does not look
                 beyond; None: each sequence is one document.
             cache: of the tokens before these, to which these are added; without gradients and documents.
+
+        Raises:
+            ValueError: the tokens have another shape or type, or are too many.
         """
-        assert tokens.shape[1] <= self.max_seq_len, (tokens.shape, self.max_seq_len)
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            got = f"{tuple(tokens.shape)} of {tokens.dtype}"
+            raise ValueError(f"tokens should be (batch, sequence) of int64, got {got}")
+        if tokens.shape[1] > self.max_seq_len:
+            raise ValueError(f"{tokens.shape[1]} tokens are more than max_seq_len ({self.max_seq_len})")
         hidden_BSD = self.embedding(tokens)
         if cache is None:
             layer_caches = [None] * len(self.blocks)

@@ -25,7 +25,13 @@ def training_loss(output: TransformerOutput, targets: Tensor, moe: MoEConfig) ->
         output: of the model.
         targets: (B, S) int64, the token after each position.
         moe: the section `moe`, for its two coefficients.
+
+    Raises:
+        ValueError: the targets have another shape than the logits.
     """
+    if targets.shape != output.logits.shape[:2]:
+        expected = tuple(output.logits.shape[:2])
+        raise ValueError(f"targets should be (batch, sequence) = {expected}, got {tuple(targets.shape)}")
     lm = total = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
     if output.aux is not None:
         total = total + moe.aux_loss_coef * output.aux.load_balancing_loss.mean()
