@@ -135,9 +135,7 @@ def test_settings_that_do_not_go_together_are_value_errors(settings, message):
 )
 def test_an_input_of_a_wrong_shape_or_type_is_a_value_error(hidden):
     layer = MoELayer(16, MoEConfig(num_experts=4, d_ff_expert=32))
-    with pytest.raises(
-        ValueError, match=r"^hidden should be \(batch, sequence, 16\) of a float type"
-    ):
+    with pytest.raises(ValueError, match=r"^hidden should be \(batch, sequence, 16\) of a float type"):
         layer(hidden)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from moe.accounting.counts import ModelCounts, count_parameters
 from moe.accounting.memory import estimate_memory
-from moe.config import Config, ConfigError, changed
+from moe.config import DENSE_KEYS, Config, ConfigError, changed
 
 Hold = Literal["active_flops", "total_params", "memory", "none"]
 Vary = Mapping[str, Sequence[Any]]
@@ -26,11 +26,6 @@ GRANULARITY = "granularity"
 TOLERANCE = 0.01
 WIDTH_STEP, WIDEST = 8, 2**14  # WIDEST in steps
 AFFORDABLE = 4  # largest FLOPs of the dense baseline of equal total parameters, relative to the reference
-# Keys of the section moe that matter for a model without a router.
-DENSE_KEYS = (
-    "moe.num_experts", "moe.num_shared_experts", "moe.d_ff_expert",
-    "moe.every_n_layers", "moe.first_dense_layers",
-)  # fmt: skip
 _DENSE = {"moe.num_experts": 1, "moe.top_k": 1, "moe.num_shared_experts": 0, "parallel.ep_size": 1}
 _BASELINES: Sequence[tuple[str, Hold, float]] = (
     ("dense,equal_active", "active_flops", 1.0),

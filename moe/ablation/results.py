@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from moe.ablation.ablation_folder import AblationFolder
-from moe.ablation.cells import DENSE_KEYS, StepTime, spelled
+from moe.ablation.cells import StepTime, spelled
 from moe.ablation.statistics import Interval, paired_difference
 from moe.accounting.counts import ModelCounts, count_parameters
-from moe.config import Config, ConfigError, flat_config, load_config
+from moe.config import Config, ConfigError, flat_config, load_config, unused_keys
 from moe.runs.metrics_log import read_metrics
 from moe.runs.resuming import sets_results
 from moe.runs.run_folder import RunFolder
@@ -37,15 +37,16 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What distinguishes it from other runs: settings that affect results, except the seed.
 
-        For a dense model without the routing, in a race by the clock without what follows from the step time.
+        Without keys that the model does not use; in a race by the clock, without what follows from the step time.
         """
+        unused = unused_keys(self.config)
         return {
             key: value
             for key, value in flat_config(self.config).items()
             if sets_results(key)
             and not key.startswith("run.")
             and not (self.step_time and key in SCHEDULE)
-            and (not self.config.moe.is_dense or not key.startswith("moe.") or key in DENSE_KEYS)
+            and key not in unused
         }
 
 

@@ -4,7 +4,16 @@ import tempfile
 from pathlib import Path
 
 from moe.checkpoint.reading import newest_checkpoint
-from moe.config import Config, ConfigError, changed, flat_config, load_config, on_resume, parse_config
+from moe.config import (
+    Config,
+    ConfigError,
+    changed,
+    flat_config,
+    load_config,
+    on_resume,
+    parse_config,
+    unused_keys,
+)
 from moe.runs.run_folder import RunFolder
 
 
@@ -95,8 +104,11 @@ def _check_same_experiment(new: Config, saved: Config) -> None:
     new_values, saved_values = flat_config(new), flat_config(saved)
     if new_values["model.vocab_size"] is None:  # it will come from the same tokenizer
         del saved_values["model.vocab_size"]
+    unused = unused_keys(new) & unused_keys(saved)
     different = [
-        key for key, value in saved_values.items() if on_resume(key) == "refused" and new_values[key] != value
+        key
+        for key, value in saved_values.items()
+        if on_resume(key) == "refused" and new_values[key] != value and key not in unused
     ]
     if different:
         keys = ", ".join(f"{key} (was {saved_values[key]!r}, now {new_values[key]!r})" for key in different)

@@ -188,3 +188,16 @@ def test_a_non_finite_gradient_reaches_no_checkpoint_either(run_main, monkeypatc
     assert code == 1
     assert "step 8: optim/grad_norm is inf" in err
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_a_key_that_the_model_does_not_use_may_change_on_resume(run_main):
+    """All layers are sparse, so no block has the width `model.d_ff`; a dense model has no router."""
+    assert run_main("train.steps=4")[0] == 0
+    code, run, _, _ = run_main("train.steps=8", "model.d_ff=72")
+    assert (code, read_lines(run)[-1]["step"]) == (0, 8)
+    dense = ["moe.num_experts=1", "moe.top_k=1"]
+    assert run_main("train.steps=4", *dense, folder="dense")[0] == 0
+    assert run_main("train.steps=8", *dense, "moe.aux_loss_coef=0.5", folder="dense")[0] == 0
+    code, _, _, error = run_main("train.steps=8", "moe.aux_loss_coef=0.5")
+    assert code == 2
+    assert error.startswith("error: moe.aux_loss_coef: differs from the run in ")

@@ -1,0 +1,25 @@
+"""Which keys of a configuration nothing depends on."""
+
+from moe.config.schema import Config
+from moe.config.sections import MoEConfig
+
+# Keys of the section moe that matter for a model without a router.
+DENSE_KEYS = (
+    "moe.num_experts", "moe.num_shared_experts", "moe.d_ff_expert",
+    "moe.every_n_layers", "moe.first_dense_layers",
+)  # fmt: skip
+_OF_FILES = ("data.subset", "data.text_field", "data.suffixes", "data.encoding", "data.on_bad_record")
+
+
+def unused_keys(config: Config) -> set[str]:
+    """Dotted keys whose values make no difference to a run of this configuration."""
+    model, data, unused = config.model, config.data, set[str]()
+    if config.moe.is_dense:
+        unused |= {f"moe.{name}" for name in MoEConfig.model_fields} - set(DENSE_KEYS)
+    if len(config.moe_layers) == model.n_layers:
+        unused.add("model.d_ff")
+    if not model.qk_norm:
+        unused.add("model.qk_norm_scope")
+    if data.source == "stdlib" and not (data.sources or data.validation or data.extra_validation):
+        unused.update(_OF_FILES)
+    return unused
