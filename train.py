@@ -45,7 +45,7 @@ from moe.distributed.lost_ranks import why_lost
 from moe.distributed.topology import Topology
 from moe.inference.sample_text import sample_text
 from moe.model.transformer import Transformer
-from moe.runs.environment import check_compiler, describe_environment
+from moe.runs.environment import check_installed, describe_environment
 from moe.runs.loss_plot import plot_losses
 from moe.runs.metrics_log import read_metrics
 from moe.runs.progress import Progress
@@ -126,7 +126,7 @@ def prepare(config: Config) -> Run:
     folder = open_run(config)
     config.accumulation_steps(world_size())
     Topology(world_size(), config.parallel.ep_size)
-    check_compiler(config)
+    check_installed(config)
     corpus = prepare_corpus(with_recorded_revisions(config, folder))
     config = changed(config, corpus.revisions).resolve(vocabulary_size(corpus.tokenizer))
     world = start(config.parallel)

@@ -37,7 +37,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What distinguishes it from other runs: settings that affect results, except the seed.
 
-        Without keys that the model does not use; in a race by the clock, without what follows from the step time.
+        Without unused keys; in a race by the clock, without what follows from the step time.
         """
         unused = unused_keys(self.config)
         return {

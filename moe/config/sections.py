@@ -220,6 +220,7 @@ class LogConfig(Section):
 
     interval: int = _key(10, "steps between lines of metrics.jsonl", gt=0)
     wandb: Literal["disabled", "offline", "online"] = _key("disabled", "mirror of metrics.jsonl")
+    tensorboard: bool = _key(False, "a copy of metrics.jsonl for TensorBoard, in the run's folder")
     wandb_project: str = _key("gatework", "Weights & Biases project", min_length=1)
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from moe.config import Config, ConfigError
 from moe.distributed.launch import choose_device
 
 
-def check_compiler(config: Config) -> None:
-    """Refuse `train.compile` if it cannot work.
+def check_installed(config: Config) -> None:
+    """Refuse `train.compile` and `log.tensorboard` if they cannot work.
 
     Raises:
-        ConfigError: `train.compile` is set, the device is a CPU, and there is no C++ compiler.
+        ConfigError: `train.compile` is set, the device is a CPU, and there is no C++ compiler; or
+            `log.tensorboard` is set, and there is no TensorBoard.
     """
+    if config.log.tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError("log.tensorboard", "needs a package; pip install tensorboard, or set it to false")
     on_cpu = choose_device(config.parallel).type == "cpu"
     if config.train.compile and on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise ConfigError("train.compile", "needs a C++ compiler on CPU; install g++ or set it to false")

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from moe.config import Config
+from moe.runs.tensorboard_mirror import TensorBoardMirror
 from moe.runs.wandb_mirror import WandbMirror
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`, the record of the run, and mirrors each line to W&B if asked to.
+    """Appends to `metrics.jsonl`, the record of the run; copies go to W&B and TensorBoard if wanted.
 
     Args:
         path: the file; lines past `resume_step` are cut off, since they will be written again.
@@ -24,20 +25,24 @@ class MetricsLog:
         scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
         scratch.replace(path)
         self._file = path.open("a", encoding="utf-8")
-        self._mirror = WandbMirror(config, path.parent) if config.log.wandb != "disabled" else None
+        self._mirrors: list[WandbMirror | TensorBoardMirror] = []
+        if config.log.wandb != "disabled":
+            self._mirrors.append(WandbMirror(config, path.parent))
+        if config.log.tensorboard:
+            self._mirrors.append(TensorBoardMirror(path.parent, resume_step))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line; it is on disk when this returns."""
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
-        if self._mirror is not None:
-            self._mirror.write(line)
+        for mirror in self._mirrors:
+            mirror.write(line)
 
     def close(self) -> None:
-        """Close the file and wait for the mirror, for a limited time."""
+        """Close the file and wait for the mirrors; for W&B a limited time."""
         self._file.close()
-        if self._mirror is not None:
-            self._mirror.close()
+        for mirror in self._mirrors:
+            mirror.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

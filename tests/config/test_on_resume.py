@@ -11,7 +11,7 @@ train.micro_batch_size train.eval_interval train.checkpoint_interval train.keep_
 train.activation_checkpointing train.compile
 parallel.device parallel.ep_size parallel.dispatch parallel.overlap parallel.keep_freed_memory
 parallel.zero_stage parallel.timeout_s
-log.interval log.wandb log.wandb_project
+log.interval log.wandb log.tensorboard log.wandb_project
 cost.peak_flops cost.watts cost.usd_per_hour cost.pue cost.kg_co2e_per_kwh
 """
 # A resumed run may change these, but a finished run with another value is another result.
