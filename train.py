@@ -45,7 +45,7 @@ from moe.distributed.lost_ranks import why_lost
 from moe.distributed.topology import Topology
 from moe.inference.sample_text import sample_text
 from moe.model.transformer import Transformer
-from moe.runs.environment import check_installed, describe_environment
+from moe.runs.environment import check_installed, compile_failure, describe_environment
 from moe.runs.loss_plot import plot_losses
 from moe.runs.metrics_log import read_metrics
 from moe.runs.progress import Progress
@@ -273,7 +273,8 @@ def main(arguments: list[str]) -> int:
     try:
         return train(config)
     except (RuntimeError, OSError) as error:
-        problem = why_lost(error) if isinstance(error, RuntimeError) else str(error)
+        problem = compile_failure(error, RunFolder(Path(config.run.dir)))
+        problem = problem or (why_lost(error) if isinstance(error, RuntimeError) else str(error))
         if problem is None:
             raise
         raise RunError(f"{problem}; what was saved before can be loaded") from None

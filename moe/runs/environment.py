@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import traceback
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 import torch
 
-from moe.config import Config, ConfigError
+from moe.config import Config, ConfigError, first_line
 from moe.distributed.launch import choose_device
+from moe.runs.run_folder import RunFolder
 
 
 def check_installed(config: Config) -> None:
@@ -28,6 +30,14 @@ def check_installed(config: Config) -> None:
     on_cpu = choose_device(config.parallel).type == "cpu"
     if config.train.compile and on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise ConfigError("train.compile", "needs a C++ compiler on CPU; install g++ or set it to false")
+
+
+def compile_failure(error: BaseException, folder: RunFolder) -> str | None:
+    """A line about a failure of torch.compile, with its traceback in `compile.log`; None for other errors."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return None
+    folder.compile_log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return f"train.compile failed ({first_line(error)}); see {folder.compile_log}, or set it to false"
 
 
 def describe_environment(num_ranks: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moe.config import Config
+from moe.config import Config, first_line
 from moe.distributed.groups import World
 from moe.runs.metrics_log import MetricsLog
 from moe.runs.run_folder import RunFolder
@@ -40,7 +40,7 @@ class Progress:
         if self._log is not None:
             self._log.close()
             if isinstance(error, Exception):
-                self._folder.failure.write_text(f"{error}\n", encoding="utf-8")
+                self._folder.failure.write_text(f"{first_line(error)}\n", encoding="utf-8")
         self._stack.close()
 
     def step(self, metrics: dict[str, Any]) -> None:

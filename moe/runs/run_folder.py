@@ -30,6 +30,7 @@ class RunFolder:
         self.tokenizer = path / "tokenizer.json"  # in the format of the `tokenizers` library
         self.checkpoints = path / "checkpoints"  # a folder per checkpoint
         self.failure = path / "failure.txt"  # why the run failed; it exists until the run goes on
+        self.compile_log = path / "compile.log"  # the traceback of a torch.compile that failed
         self._lock = path / "run.lock"  # locked by the process that trains
 
     @contextmanager
@@ -76,7 +77,7 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.config.write_text(dump_config(config))
-            for result in (self.summary, self.loss_plot, self.sample, self.failure):
+            for result in (self.summary, self.loss_plot, self.sample, self.failure, self.compile_log):
                 result.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError("run.dir", f"cannot write to {self.path} ({error.strerror})") from None

@@ -121,3 +121,17 @@ def test_lines_of_a_log_say_how_much_time_is_left(run_main):
 def test_two_configurations_are_refused(capsys):
     assert exit_code(train.main, ["a.yaml", "b.yaml"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_compiler_that_does_not_work_is_one_line_and_a_log(small, tmp_path):
+    environment = os.environ | {"CXX": "/bin/false", "TORCHDYNAMO_DISABLE": "0"}
+    arguments = [*small, f"run.dir={tmp_path / 'run'}", "train.compile=true", "model.n_layers=1"]
+    command = [sys.executable, str(TRAIN), *arguments]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("error: train.compile failed (InvalidCxxCompiler: No working C++ compiler found")
+    assert f"; see {tmp_path / 'run' / 'compile.log'}, or set it to false" in line
+    assert "Traceback" in (tmp_path / "run" / "compile.log").read_text()
+    assert "InvalidCxxCompiler" in (tmp_path / "run" / "failure.txt").read_text()
