@@ -67,6 +67,17 @@ def test_one_seed_no_common_seed_and_no_dense_run_are_said(tmp_path):
     assert not [one for one in conclusions(found) if one.startswith("Consecutive cells")]
 
 
+def test_a_size_below_the_smallest_dense_one_is_said_to_be_extrapolated(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"a{seed}", SHAPES["dense"][0], seed, 3.0)
+        write_run(tmp_path / f"b{seed}", SHAPES["dense,large"][0], seed, 2.8)
+        write_run(tmp_path / f"c{seed}", SHAPES["8"][0], seed, 3.05)
+        write_run(tmp_path / f"d{seed}", SHAPES["16"][0], seed, 2.9)
+    (found,) = comparisons_of(tmp_path)
+    (sentence,) = (one for one in conclusions(found) if one.startswith("Equivalent dense size"))
+    assert re.search(r"num_experts=8 [^;]*, extrapolated; num_experts=16 [^;,]*, [^;,]*\.$", sentence)
+
+
 def test_a_size_between_two_dense_ones_is_found_by_the_law_through_them(tmp_path):
     dense, large = 1311872 - 1024 * 128, 3671168 - 1024 * 128  # without the input embedding
     halfway = (3.0 * 2.8) ** 0.5  # of the losses, as logarithms

@@ -51,6 +51,8 @@ def test_the_users_rates_go_before_the_data_sheets_and_a_free_gpu_costs_nothing(
     cost = training_cost(1e12, 3600.0, named_gpu("--gpu", "h100"), rates)
     assert (cost.hardware_burden_flops, cost.usd) == (3.6e15, 0.0)
     assert cost.kwh == pytest.approx(0.05 * 1.1)
+    # Half of 1e12 FLOP/s for 3.6e15 FLOPs are two hours, whatever an H100 can do.
+    assert projected_cost(3.6e15, 0.5, named_gpu("--gpu", "h100"), rates).device_hours == pytest.approx(2)
 
 
 def test_what_is_not_known_is_none():

@@ -68,6 +68,25 @@ def test_only_the_newest_are_kept(tmp_path):
     assert names_in(tmp_path) == ["step-00000003", "step-00000010"]
 
 
+def test_older_ones_are_deleted_only_after_the_new_one_has_its_name(tmp_path, monkeypatch):
+    """A process that is killed before that, or cannot go on, leaves the older one."""
+    save(tmp_path, 1, keep=1)
+    real_rename = Path.rename
+
+    def rename(path, target):
+        if target.name == "step-00000002":
+            raise OSError("killed")
+        return real_rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(RunError, match="killed"):
+        save(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    assert newest(tmp_path)[0].step == 1
+    save(tmp_path, 2, keep=1)
+    assert names_in(tmp_path) == ["step-00000002"]
+
+
 def test_a_step_that_is_saved_again_is_replaced(tmp_path):
     save(tmp_path, 2)
     save_checkpoint(tmp_path, 2, fragments(make_state(9)), {}, {}, 5)

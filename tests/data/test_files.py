@@ -137,3 +137,15 @@ def test_a_long_line_is_cut_anywhere(tmp_path):
     text = "x" * (PIECE * 2 + 10)
     (tmp_path / "a.txt").write_text(text)
     assert "".join(text_pieces(str(tmp_path / "a.txt"), "utf-8")) == text
+
+
+def test_both_parts_of_a_long_file_are_there_to_the_last_letter(tmp_path):
+    """Each part is read in several pieces."""
+    text = "".join(f"line {number}\n" for number in range(120_000))
+    assert len(text) > 5 * PIECE
+    (tmp_path / "a.txt").write_text(text)
+    documents = documents_of(tmp_path, source=str(tmp_path / "a.txt"), validation_share=0.5)
+    parts = {split: [d.text for d in documents if d.split == split] for split in ("train", "validation")}
+    assert min(len(pieces) for pieces in parts.values()) > 2
+    assert "".join(parts["train"] + parts["validation"]) == text
+    assert abs(len("".join(parts["train"])) - len(text) / 2) < 20

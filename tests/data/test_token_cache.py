@@ -61,6 +61,20 @@ def test_the_cache_is_reused_and_depends_on_content_and_settings(tmp_path):
     assert len({first.fingerprint, other.fingerprint, changed.fingerprint}) == 3
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("encoding", "latin-1"), ("on_bad_record", "skip"), ("validation_share", 0.5)]
+)
+def test_the_same_file_read_in_another_way_is_another_text(tmp_path, key, value):
+    (tmp_path / "a.txt").write_text("Grüße\n" * 400, encoding="utf-8")
+    settings = {"source": str(tmp_path / "a.txt"), "validation_share": 0.1}
+    first = prepare_corpus(corpus_config(tmp_path / "c", **settings))
+    other = prepare_corpus(corpus_config(tmp_path / "c", **settings | {key: value}))
+    assert first.fingerprint != other.fingerprint
+    both = prepare_corpus(corpus_config(tmp_path / "d", **settings | {key: value}))  # a cache of its own
+    assert np.array_equal(both.train.tokens, other.train.tokens)
+    assert both.fingerprint == other.fingerprint
+
+
 def test_documents_end_with_the_end_token_and_decode_to_their_text(tmp_path):
     path = tmp_path / "d.jsonl"
     texts = [f"Grüße {i} 日本 🎉 <|endoftext|> inside" for i in range(200)]
