@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     from moe.ablation.html_report import write_report  # takes three seconds
 
     print("\n".join(write_report(folder)))
-    print(f"see {folder / 'report.html'}, results.csv and the PNGs beside it")
+    print(f"see {folder / 'report.html'}, results.csv and figures/ beside it")
     return 0
 
 

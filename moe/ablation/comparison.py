@@ -18,6 +18,7 @@ from moe.config import flat_config
 _EXPERTS = "moe.num_experts"
 _GRANULARITY = (_EXPERTS, "moe.top_k", "moe.num_shared_experts", WIDTH)  # change together
 _ROUTER_METRICS = ("load_imbalance", "dead_experts", "router_entropy", "dropped_fraction")
+VAGUE = 10  # from one end of an interval to the other; an equivalent size that is less certain says nothing
 _MIN_RATIO = 2  # of the largest to the smallest total parameters, for a power law in them
 
 
@@ -44,6 +45,7 @@ class Comparison:
     baseline: CellResult | None  # the dense cell whose FLOPs are nearest to those of the sparse cells
     differences: Mapping[str, Interval]  # loss minus the baseline's, if they have a seed in common
     worth: Mapping[str, Interval]  # size of the dense model with the same loss, unless dense_law may be flat
+    vague: Sequence[str]  # labels of the cells for which that size is too uncertain to be told
     dense_law: PowerLaw | None  # loss over the dense cells as a power of size; None for fewer than 2 sizes
     curves: Sequence[Curve]  # along each varied setting
     is_race: bool  # whether all cells were trained for equal time, instead of equal tokens
@@ -76,10 +78,13 @@ def _compare(title: str, cells: list[CellResult]) -> Comparison:
     sizes = {} if is_race else {cell.counts.active_no_input_emb: cell.losses for cell in dense}
     law = fit_power_law(list(sizes), list(sizes.values())) if len(sizes) > 1 else None
     worth: dict[str, Interval] = {}
+    vague: list[str] = []
     if law is not None and not law.may_be_flat:
         worth = {c.label: size for c in sparse if (size := equivalent_size(c.losses, sizes)) is not None}
+        vague = [label for label, size in worth.items() if (size.high or 1) > VAGUE * (size.low or 1)]
+        worth = {label: size for label, size in worth.items() if label not in vague}
     curves = _curves(sparse, baseline)
-    return Comparison(title, dense, sparse, baseline, differences, worth, law, curves, is_race)
+    return Comparison(title, dense, sparse, baseline, differences, worth, vague, law, curves, is_race)
 
 
 def _curves(sparse: Sequence[CellResult], baseline: CellResult | None) -> list[Curve]:

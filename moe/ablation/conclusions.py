@@ -1,11 +1,12 @@
 """What the runs of an ablation support and what they do not, in sentences."""
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator
 from itertools import product
 
 from moe.ablation.cells import TOLERANCE
-from moe.ablation.comparison import Comparison, Curve
+from moe.ablation.comparison import VAGUE, Comparison, Curve
 from moe.ablation.results import CellResult
 from moe.ablation.statistics import Interval
 from moe.tables import plain, short
@@ -31,8 +32,8 @@ def conclusions(comparison: Comparison) -> Iterator[str]:
     yield from said
     if intervals := sum(one.count(" [") for one in said):
         yield (
-            "On average one in twenty 95 % intervals misses the true value by chance; "
-            f"this comparison has {intervals} of them."
+            f"There are {intervals} intervals of 95 % here. On average, one in twenty such intervals does "
+            "not hold the true value."
         )
     if baseline is not None:
         others = [cell for cell in cells if cell is not baseline]
@@ -44,6 +45,32 @@ def conclusions(comparison: Comparison) -> Iterator[str]:
         f"All results are after {amount} tokens per run, with one set of hyperparameters. They do not show "
         "what happens with longer training or larger models."
     )
+
+
+def headline(comparison: Comparison) -> str:
+    """One sentence: which cell is best, by how much, and whether that is more than chance.
+
+    Cells that spend more FLOPs than the baseline are left out.
+    """
+    other = comparison.baseline
+    most = other.flops * (1 + 2 * TOLERANCE) if other is not None else math.inf
+    affordable = [cell for cell in comparison.cells if cell.flops <= most]
+    best, *others = sorted(affordable, key=lambda cell: cell.mean_loss)
+    if not others:
+        return f"{best.label} ends at a validation loss of {best.mean_loss:.4f} nats per token."
+    if other is None or other is best:
+        other = others[0]
+    difference = best.difference_to(other)
+    if difference is None:
+        return f"{best.label} has the lowest loss; no seed is in common with {other.label}."
+    by = f"{-difference.mean:.4f} nats per token"
+    if difference.low is None:
+        return f"{best.label} is better than {other.label} by {by}; with a single seed that may be chance."
+    interval = f"95 % interval {-(difference.high or 0):.4f} to {-difference.low:.4f}"
+    seeds = f"{len(best.runs.keys() & other.runs.keys())} seeds"
+    if _outcome(difference) == _BETTER:
+        return f"{best.label} is better than {other.label} by {by} ({interval}, {seeds})."
+    return f"{best.label} and {other.label} do not differ significantly: {by} ({interval}, {seeds})."
 
 
 def _against_dense(comparison: Comparison, baseline: CellResult) -> Iterator[str]:
@@ -152,7 +179,10 @@ def _equivalents(comparison: Comparison) -> Iterator[str]:
     if law is None or not comparison.sparse:
         return
     fit = f"the power law through the dense runs has exponent {law.exponent}"
-    if not comparison.worth:
+    if comparison.vague:
+        labels = ", ".join(comparison.vague)
+        yield f"No equivalent dense size of {labels}: its interval spans more than a factor of {VAGUE}."
+    if not comparison.worth and not comparison.vague:
         why = ", which is not significantly below 0, or not below 0 for every seed"
         if law.exponent.low is None:
             why = "; a single seed gives no interval"
@@ -164,6 +194,8 @@ def _equivalents(comparison: Comparison) -> Iterator[str]:
         bounds = f" [{short(known[1])}, {short(known[2])}]" if len(known) > 1 else ""
         beyond = ", extrapolated" if min(known) < min(dense) or max(known) > max(dense) else ""
         found.append(f"{label} {short(size.mean)}{bounds}{beyond}")
+    if not found:
+        return
     residuals = "two sizes, so the fit has no residuals"
     if len(dense) > 2:
         residuals = f"{len(dense)} sizes, residuals up to {max(map(abs, law.residuals)):.2%} of the loss"

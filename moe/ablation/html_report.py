@@ -9,25 +9,33 @@ from typing import Any
 
 from moe.ablation.ablation_folder import AblationFolder
 from moe.ablation.comparison import Comparison, compare, rows
-from moe.ablation.conclusions import conclusions
+from moe.ablation.conclusions import conclusions, headline
 from moe.ablation.figures import draw_figures
 from moe.ablation.results import read_runs
 from moe.config import ConfigError
 from moe.tables import plain, short
 
+FIGURES = "figures"  # the folder of the pictures
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-  margin: 0 auto; max-width: 78rem; padding: 1rem; }
+  margin: 0 auto; max-width: 72rem; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-th { white-space: normal; }
-thead th { border-bottom: 2px solid #444; vertical-align: bottom; }
-figure { margin: 1.2rem 0; } img { width: 100%; min-width: 34rem; max-width: 48rem; height: auto; }
+.headline { font-size: 1.25rem; line-height: 1.35; margin: .8rem 0 1.2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; width: 100%; }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid #ccc; text-align: right; }
+th:first-child, td:first-child { text-align: left; min-width: 10rem; }
+thead th { border-bottom: 2px solid #444; vertical-align: bottom; overflow-wrap: normal; }
+figure { margin: 1.2rem 0; } img { width: 100%; max-width: 48rem; height: auto; }
 figcaption { color: #444; font-size: .9rem; }
+summary { cursor: pointer; font-weight: 600; font-size: 1.15rem; margin: 1.2rem 0 .5rem; }
+@media (max-width: 50rem) {
+  thead { display: none; }
+  tr, td { display: block; } tr { border-bottom: 2px solid #444; padding: .4rem 0; }
+  td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0; }
+  td::before { content: attr(data-title); color: #444; text-align: left; }
+  td:first-child { font-weight: 600; } td:first-child::before { content: none; } td:empty { display: none; }
+}
 """
 
 _QUALITY = {
@@ -90,10 +98,11 @@ def write_report(root: Path) -> list[str]:
     try:
         for number, comparison in enumerate(sets, 1):
             some, sentences = list(rows(comparison)), list(conclusions(comparison))
-            pictures = draw_figures(comparison, root, f"_{number}" if len(sets) > 1 else "")
+            (root / FIGURES).mkdir(exist_ok=True)
+            pictures = draw_figures(comparison, root / FIGURES, f"_{number}" if len(sets) > 1 else "")
             sections.append(_section(comparison, some, sentences, pictures))
             table += some
-            said += sentences
+            said += [headline(comparison), *sentences]
         with (root / "results.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, table[0])
             writer.writeheader()
@@ -131,22 +140,26 @@ def _section(
         "their batches and all initial weights outside experts and routers. All runs share the validation "
         "text."
     )
-    figures = "".join(
-        f'<figure><div class="scroll"><img alt="{escape(caption)}" src="data:image/png;base64,'
-        f'{b64encode(path.read_bytes()).decode()}"></div><figcaption>{escape(caption)}</figcaption></figure>\n'
+    first, *others = (
+        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,'
+        f'{b64encode(path.read_bytes()).decode()}"><figcaption>{escape(caption)}</figcaption></figure>\n'
         for path, caption in pictures
     )
-    return (
-        f"<p>{escape(opening)}</p>\n"
+    details = (
         "<h2>What it shows</h2>\n<ul>" + "".join(f"<li>{escape(one)}</li>\n" for one in said) + "</ul>\n"
-        f'<h2>Quality</h2>\n<div class="scroll">{_table(table, _QUALITY)}</div>\n'
+        f"<h2>Time</h2>\n{_table(table, _TIME)}\n"
+        "<p>Seconds are those of the training steps, without evaluations and checkpoints.</p>\n"
+        f"<h2>Speed, routing and cost</h2>\n{_table(table, _EFFORT)}\n"
+        "<p>FLOPs and cost are per run, mean over seeds. Price and energy need rates, which cost.* in the "
+        f"configuration sets.</p>\n<h2>More figures</h2>\n{''.join(others)}"
+    )
+    return (
+        f'<p class="headline">{escape(headline(comparison))}</p>\n<p>{escape(opening)}</p>\n{first}'
+        f"<h2>Quality</h2>\n{_table(table, _QUALITY)}\n"
         "<p>Loss: final validation loss, mean over seeds. Its 95 % interval includes what seeds change in "
         "all cells alike. To compare cells, use the differences to dense, which are paired by seed.</p>\n"
-        f'<h2>Time</h2>\n<div class="scroll">{_table(table, _TIME)}</div>\n'
-        "<p>Seconds are those of the training steps, without evaluations and checkpoints.</p>\n"
-        f'<h2>Speed, routing and cost</h2>\n<div class="scroll">{_table(table, _EFFORT)}</div>\n'
-        "<p>FLOPs and cost are per run, mean over seeds. Price and energy need rates, which cost.* in the "
-        f"configuration sets.</p>\n<h2>Figures</h2>\n{figures}"
+        f"<details><summary>Details: every comparison, time, routing, cost, more figures</summary>\n{details}"
+        "</details>\n"
     )
 
 
@@ -154,7 +167,12 @@ def _table(table: list[dict[str, Any]], columns: Mapping[str, Any]) -> str:
     shown = {key: how for key, how in columns.items() if any(row[key] is not None for row in table)}
     head = "".join(f"<th>{escape(title)}</th>" for title, _ in shown.values())
     body = "".join(
-        f"<tr>{''.join(f'<td>{_cell(row, key, form)}</td>' for key, (_, form) in shown.items())}</tr>\n"
+        "<tr>"
+        + "".join(
+            f'<td data-title="{escape(title)}">{_cell(row, key, form)}</td>'
+            for key, (title, form) in shown.items()
+        )
+        + "</tr>\n"
         for row in table
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"

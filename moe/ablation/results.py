@@ -191,7 +191,7 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
 
 
 def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """Labels of cells: the folder names of an ablation if these are unique, else the differing settings."""
+    """Labels of cells: their names in an ablation, else those of their runs, else what they differ in."""
     firsts = [group[0] for group in groups]
     folders = [{run.folder.parent.name for run in group} for group in groups]
     names = [min(some) for some in folders]
@@ -201,6 +201,9 @@ def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
             f"{name} (dense)" if run.config.moe.is_dense and not name.startswith("dense") else name
             for name, run in zip(names, firsts, strict=True)
         ]
+    names = [_common_name(group) for group in groups]
+    if all(names) and len(set(names)) == len(names):
+        return names
     labels: dict[Run, str] = {}
     for is_dense in (False, True):
         alike = [run for run in firsts if run.config.moe.is_dense == is_dense]
@@ -211,6 +214,15 @@ def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
                 break
         labels |= zip(alike, names, strict=True)
     return [labels[run] for run in firsts]
+
+
+def _common_name(group: Sequence[Run]) -> str:
+    """The name of the runs, or what their names have in common before the number of a seed."""
+    names = [run.config.run.name for run in group]
+    if len(set(names)) == 1:
+        return names[0]
+    stems = {re.sub(r"[-_.]*(seed)?[-_.]*\d+$", "", name) for name in names}
+    return stems.pop() if len(stems) == 1 else ""
 
 
 def _label(run: Run, keys: Sequence[str]) -> str:

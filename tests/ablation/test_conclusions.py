@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from moe.ablation.conclusions import conclusions
+from moe.ablation.comparison import rows
+from moe.ablation.conclusions import conclusions, headline
 from tests.support.finished_runs import SHAPES, comparisons_of, write_run
 
 
@@ -35,8 +36,9 @@ def test_sentences_distinguish_better_worse_and_unclear(ablation):
     assert f"to {4.302653 * 0.16 / 3**0.5:.4f} nats to each side" in one(
         "The 95 % intervals of sparse models"
     )
-    # 6 against dense, 1 at equal totals, 4 steps, 3 from the first, 2 exponents, 5 sizes.
-    assert "this comparison has 21 of them." in one("On average one in twenty 95 % intervals")
+    # 6 against dense, 1 at equal totals, 4 steps, 3 from the first, 2 exponents, 4 sizes: that of 2 experts
+    # is too uncertain.
+    assert "There are 20 intervals" in one("There are ")
     # 16 against 2: -0.09, -0.30, 0.08. 8 experts have 3,675,264 parameters, the wide dense model 3,671,168.
     assert "num_experts=16 not significantly different from num_experts=2: -0.1033" in one(
         "Compared with the first"
@@ -45,11 +47,50 @@ def test_sentences_distinguish_better_worse_and_unclear(ablation):
     assert "so no power law is supported" in one("Loss as a power of total parameters")
 
 
+def test_the_first_sentence_says_which_is_better_by_how_much_and_whether_it_may_be_chance(tmp_path):
+    def said() -> str:
+        (found,) = comparisons_of(tmp_path)
+        return headline(found)
+
+    write_run(tmp_path / "a", [*SHAPES["8"][0], "run.name=mine"], 0, 2.9)
+    assert said() == "mine ends at a validation loss of 2.9000 nats per token."
+    write_run(tmp_path / "b", [*SHAPES["dense"][0], "run.name=other"], 0, 3.0)
+    assert said() == (
+        "mine is better than other by 0.1000 nats per token; with a single seed that may be chance."
+    )
+    write_run(tmp_path / "c", [*SHAPES["8"][0], "run.name=mine"], 1, 2.9)
+    write_run(tmp_path / "d", [*SHAPES["dense"][0], "run.name=other"], 1, 3.1)
+    # By hand: 0.15 +- 12.706 x 0.05, with one degree of freedom.
+    interval = "(95 % interval -0.4853 to 0.7853, 2 seeds)"
+    assert said() == f"mine and other do not differ significantly: 0.1500 nats per token {interval}."
+    write_run(tmp_path / "e", [*SHAPES["16"][0], "run.name=large"], 0, 2.80)
+    write_run(tmp_path / "f", [*SHAPES["16"][0], "run.name=large"], 1, 2.9001)
+    # 0.2 and 0.1999, in four digits 0.2: it is the best, and is compared with the dense model.
+    assert said().startswith("large is better than other by 0.2000 nats per token (95 % interval 0.1993 to ")
+
+
+def test_a_size_whose_interval_spans_more_than_a_factor_of_ten_is_not_told(tmp_path):
+    for seed, loss in ((0, 2.9), (1, 2.7)):
+        write_run(tmp_path / f"a{seed}", SHAPES["dense"][0], seed, 3.0)
+        write_run(tmp_path / f"b{seed}", SHAPES["dense,large"][0], seed, 2.8)
+        write_run(tmp_path / f"c{seed}", SHAPES["8"][0], seed, loss)
+        write_run(tmp_path / f"d{seed}", SHAPES["16"][0], seed, 2.9)
+    (found,) = comparisons_of(tmp_path)
+    assert (list(found.worth), found.vague) == (["num_experts=16"], ["num_experts=8"])
+    said = list(conclusions(found))
+    assert "No equivalent dense size of num_experts=8: its interval spans more than a factor of 10." in said
+    (sentence,) = (one for one in said if one.startswith("Equivalent dense size"))
+    assert "num_experts=8" not in sentence
+    sizes = {row["cell"]: row["equivalent_dense_params_no_input_emb"] for row in rows(found)}
+    assert sizes["num_experts=8"] is None
+    assert sizes["num_experts=16"] > 1e6
+
+
 def test_one_seed_no_common_seed_and_no_dense_run_are_said(tmp_path):
     write_run(tmp_path / "a", SHAPES["8"][0], 0, 2.9)
     (found,) = comparisons_of(tmp_path)
     assert list(conclusions(found)) == [
-        "sparse cannot be compared: no other run has the same settings outside moe.*."
+        "tiny cannot be compared: no other run has the same settings outside moe.*."
     ]
     write_run(tmp_path / "c", SHAPES["16"][0], 7, 2.8)
     (found,) = comparisons_of(tmp_path)

@@ -24,7 +24,7 @@ def test_runs_of_other_settings_are_not_compared(ablation):
     }
     write_report(ablation)
     assert (ablation / "report.html").read_text().count("<h2>What it shows</h2>") == 3
-    assert (ablation / "speed_3.png").exists()
+    assert (ablation / "figures" / "speed_3.png").exists()
 
 
 def test_the_table_holds_every_cell_and_what_is_unfinished_or_quick_is_said(ablation):
@@ -51,8 +51,8 @@ def test_the_table_holds_every_cell_and_what_is_unfinished_or_quick_is_said(abla
     assert (float(eight["usd"]), eight["kwh"]) == (1.5, "")
     assert float(eight["flops"]) == 1228800 * 7_498_752
     assert rows["dense,width=512"]["difference"] == ""
-    assert (ablation / "usd.png").exists()
-    assert not (ablation / "kwh.png").exists()
+    assert (ablation / "figures" / "usd.png").exists()
+    assert not (ablation / "figures" / "kwh.png").exists()
 
 
 def test_two_sets_of_runs_are_compared_by_the_paired_t_test_over_their_seeds(tmp_path):
@@ -70,9 +70,9 @@ def test_two_sets_of_runs_are_compared_by_the_paired_t_test_over_their_seeds(tmp
     found = [float(row[key]) for key in ("difference", "difference_low", "difference_high")]
     assert found == pytest.approx([mean, expected.low, expected.high])
     shown = f"{mean:+.4f} [{expected.low:+.4f}, {expected.high:+.4f}]"
-    assert said[0].startswith("Better than dense ")
-    assert f"sparse {shown}" in said[0]
-    assert f"<td>{shown}</td>" in (tmp_path / "report.html").read_text()
+    assert said[1].startswith("Better than dense ")
+    assert f"sparse {shown}" in said[1]
+    assert f">{shown}</td>" in (tmp_path / "report.html").read_text()
     for name, speed in (("8", 801.5), ("dense", 1000.0)):
         counts, row = count_parameters(config_of(SHAPES[name][0])), rows["sparse" if name == "8" else name]
         assert int(row["params_total"]) == counts.total
@@ -89,3 +89,28 @@ def test_the_sources_of_a_mixture_are_named(tmp_path):
         write_run(tmp_path / str(experts), settings, seed=0, loss=3.0)
     write_report(tmp_path)
     assert " tokens each of a.txt, b.txt. Runs of one seed" in (tmp_path / "report.html").read_text()
+
+
+def test_ordinary_runs_keep_their_names(tmp_path):
+    """Those of several seeds what their names have in common."""
+    for seed in (0, 1):
+        write_run(tmp_path / f"a{seed}", [*SHAPES["8"][0], f"run.name=sparse_one-{seed}"], seed, 2.9)
+        write_run(tmp_path / f"b{seed}", [*SHAPES["dense"][0], f"run.name=old.seed-{seed}"], seed, 3.0)
+    write_run(tmp_path / "c", [*SHAPES["16"][0], "run.name=large"], 0, 3.0)
+    write_report(tmp_path)
+    with (tmp_path / "results.csv").open() as file:
+        assert [row["cell"] for row in csv.DictReader(file)] == ["old", "sparse_one", "large"]
+
+
+def test_the_page_leads_with_one_sentence_and_folds_the_details(ablation):
+    said = write_report(ablation)
+    page = (ablation / "report.html").read_text()
+    assert page.index(f'<p class="headline">{html.escape(said[0])}</p>') < page.index("<img")
+    shown, folded = page.split("<details>")
+    assert shown.count("<img") == 1
+    assert "<h2>Quality</h2>" in shown
+    for title in ("What it shows", "Time", "Speed, routing and cost", "More figures"):
+        assert f"<h2>{title}</h2>" in folded
+    figures = list((ablation / "figures").glob("*.png"))
+    assert page.count("<img") == len(figures) > 3
+    assert not list(ablation.glob("*.png"))
