@@ -14,6 +14,7 @@ def test_runs_that_differ_in_their_seed_are_a_cell_named_by_what_differs(ablatio
     assert [cell.label for cell in cells] == labels
     assert [sorted(cell.runs) for cell in cells] == [[0, 1, 2]] * 5
     assert cells[2].mean("moe/load_imbalance") == 2.0  # the last tenth of twelve lines is one
+    assert cells[2].mean("moe/dead_experts") == 0.0  # a value like any other
 
 
 def test_dense_runs_of_another_width_are_another_cell_also_by_shared_experts(tmp_path):

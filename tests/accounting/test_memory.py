@@ -163,3 +163,12 @@ def test_with_recomputation_one_block_at_a_time_is_whole_and_the_largest_counts(
     kept = [bytes_kept(block, hidden, rotary) for block in model.blocks]
     assert kept.index(max(kept)) == largest
     assert estimate_memory(config, 1, "cpu").recomputed == pytest.approx(max(kept), rel=0.03)
+
+
+def test_rows_that_travel_to_other_ranks_are_held_as_they_leave_and_as_they_come():
+    """Top-1 of 4 experts on 2 ranks: a row for each token, of fp32, in both directions."""
+    settings = {"moe.top_k": 1, "moe.normalize_gate_weights": False, "parallel.ep_size": 2}
+    settings["train.micro_batch_size"] = 4
+    config = changed(load_config(TINY, ["model.vocab_size=1024"]), settings)
+    assert estimate_memory(config, 2, "cpu").dispatch == 2 * 4 * 128 * 128 * 4
+    assert estimate_memory(changed(config, {"parallel.ep_size": 1}), 2, "cpu").dispatch == 0

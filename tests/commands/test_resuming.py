@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import train
-from moe.config import load_config
+from moe.config import changed, load_config
 from moe.data.tokenizer import load_tokenizer
+from moe.runs.resuming import with_recorded_revisions
+from moe.runs.run_folder import RunFolder
 from moe.training.engine import Engine
 from moe.training.stop_request import StopRequest
 from tests.support.runs import assert_same_run, final_state, read_lines
@@ -138,6 +140,14 @@ def test_a_run_continues_with_the_commits_of_hub_data_that_it_began_with(run_mai
     code, _, _, err = run_main(*hub_data, "train.steps=12", "data.revision=second")
     assert code == 2
     assert "the text or its tokens changed" in err
+    # What another source or tokenizer is read at does not follow from this run.
+    resumed = changed(
+        load_config(run / "config.yaml"), {"data.revision": None, "data.tokenizer_revision": None}
+    )
+    other = changed(resumed, {"data.source": "someone/novels"})
+    assert with_recorded_revisions(resumed, RunFolder(run)).data.revision == "first"
+    assert with_recorded_revisions(other, RunFolder(run)).data.revision is None
+    assert with_recorded_revisions(other, RunFolder(run)).data.tokenizer_revision == "abc"
 
 
 def test_a_prolonged_run_does_not_keep_the_old_results_while_it_runs(run_main, monkeypatch):

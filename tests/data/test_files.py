@@ -39,6 +39,14 @@ def test_twenty_thousand_files_are_found_named_and_read_in_seconds(tmp_path):
     assert 0.04 < sum(document.split == "validation" for document in documents) / 20_000 < 0.06
 
 
+def test_two_stars_of_a_glob_stand_for_any_folders(tmp_path):
+    for folder in (tmp_path / "a", tmp_path / "a" / "b" / "c"):
+        folder.mkdir(parents=True)
+        (folder / f"{folder.name}.txt").write_text("text")
+    assert names_of(tmp_path / "x", source=f"{tmp_path}/**/*.txt") == ["a.txt", "c.txt"]
+    assert names_of(tmp_path / "x", source=f"{tmp_path}/*/*.txt") == ["a.txt"]
+
+
 def test_names_are_relative_to_the_deepest_common_folder():
     assert list(relative_names(["/a/b/c/1.txt", "/a/b/2.txt"])) == ["c/1.txt", "2.txt"]
     assert list(relative_names(["/a/b/1.txt"])) == ["1.txt"]

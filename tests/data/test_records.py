@@ -35,6 +35,13 @@ def test_the_records_of_every_kind_of_file_are_read_to_the_letter(tmp_path, name
     assert [document.text for document in documents_of(tmp_path, source=str(tmp_path / name))] == TEXTS
 
 
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_the_ends_of_lines_in_quoted_fields_stay_as_they_are(tmp_path, name, delimiter):
+    texts = [f"one\r\ntwo\rthree\n{number}" for number in range(9)]
+    (tmp_path / name).write_text(as_csv(texts, delimiter), newline="")
+    assert [document.text for document in documents_of(tmp_path, source=str(tmp_path / name))] == texts
+
+
 @pytest.mark.parametrize("splits", [["train"], ["train", "validation"], None])
 def test_a_saved_dataset_is_read_with_its_own_validation_split(tmp_path, splits):
     import datasets
