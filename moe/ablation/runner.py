@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
+
+from tqdm import tqdm
 
 from moe.ablation.ablation_folder import AblationFolder, try_lock
 from moe.ablation.cells import Cell
@@ -81,6 +83,14 @@ class Task:
         return step * tokens * self.cell.counts.flops_per_token_train
 
 
+class _Process(NamedTuple):
+    """A running run."""
+
+    process: "subprocess.Popen[bytes]"
+    started: float  # by time.perf_counter()
+    first_step: int  # that it resumed from
+
+
 class AblationRunner:
     """Trains the runs of an ablation, some at a time, and records their results in its folder.
 
@@ -93,7 +103,7 @@ class AblationRunner:
         self._environment = {"WANDB_RUN_GROUP": folder.path.resolve().name} | conditions.environment()
         self._started, self._work_before = time.perf_counter(), self._work()
         self._stopping = False
-        self._running: dict[Task, subprocess.Popen[bytes]] = {}
+        self._running: dict[Task, _Process] = {}
         self._exit_codes: dict[tuple[str, int], int] = {}
         self._lock = threading.Lock()
 
@@ -130,7 +140,7 @@ class AblationRunner:
                     return
                 command = [*self._command, str(self._folder.config(name)), *run]
                 process = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment)
-                self._running[task] = process
+                self._running[task] = _Process(process, started, task.step)
             code = process.wait()
         with self._lock:
             del self._running[task]
@@ -152,19 +162,28 @@ class AblationRunner:
     def _progress(self) -> str:
         """Share of the work that is done, time left, and the steps of the running runs."""
         with self._lock:
-            running = list(self._running)
+            running = dict(self._running)
         total, done = sum(task.work(task.cell.config.train.steps) for task in self._tasks), self._work()
         speed = (done - self._work_before) / (time.perf_counter() - self._started)
         left = f", about {(total - done) / speed / 60:,.0f} minutes left" if speed > 0 else ""
-        steps = "; ".join(f"{task.name} {task.step:,}/{task.cell.config.train.steps:,}" for task in running)
-        return f"{done / total:.0%}{left}; {steps}"
+        return f"{done / total:.0%}{left}; {'; '.join(map(_steps_of, running, running.values()))}"
 
     def _stop(self) -> None:
         """Tell the runs to save and stop, and start no more."""
         self._stopping = True
         with self._lock:
-            for process in self._running.values():
-                process.send_signal(signal.SIGTERM)
+            for running in self._running.values():
+                running.process.send_signal(signal.SIGTERM)
 
     def _work(self) -> float:
         return sum(task.work(task.step) for task in self._tasks)
+
+
+def _steps_of(task: Task, running: _Process) -> str:
+    """How far a run is, and how long it still takes."""
+    step, steps = task.step, task.cell.config.train.steps
+    text = f"{task.name} {step:,}/{steps:,}"
+    if step <= running.first_step:
+        return text
+    seconds = (time.perf_counter() - running.started) / (step - running.first_step)
+    return f"{text}, {tqdm.format_interval(round(seconds * (steps - step)))} left"

@@ -8,6 +8,7 @@ kill, and processes that share a folder, on one node or on many, share the work.
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,6 +25,7 @@ from moe.data.files import PIECE
 from moe.data.tokenizer import vocabulary_size
 
 CHUNK = 2**22  # characters: about a second of one core
+LOG_INTERVAL_S = 5.0  # between lines that say how far tokenizing is
 _MOST_DOCUMENTS = 256  # that are tokenized at once, on all cores
 _T = TypeVar("_T")
 
@@ -205,8 +207,13 @@ class Chunks:
 
 
 def with_progress(documents: Iterable[_T], what: str) -> Iterator[_T]:
-    """Show on a terminal how many documents were read."""
-    yield from tqdm(documents, desc=what, unit=" documents", disable=None, leave=False)
+    """Show how many documents were read: on a terminal always, in a log every few seconds."""
+    bar, said = tqdm(documents, desc=what, unit=" documents", disable=None, leave=False), time.monotonic()
+    for number, document in enumerate(bar):
+        yield document
+        if bar.disable and time.monotonic() - said > LOG_INTERVAL_S:
+            said = time.monotonic()
+            print(f"{what}: {number + 1:,} documents", flush=True)
 
 
 def _claim(claims: int, number: int, wait: bool) -> bool:

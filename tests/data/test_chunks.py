@@ -143,3 +143,12 @@ def test_what_a_build_left_long_ago_is_removed(tmp_path, records):
     assert not (cache / "old-chunks").exists()
     assert (cache / "young-chunks").exists()
     assert len(list(cache.glob("*-chunks"))) == 1, "those of this build are gone"
+
+
+def test_a_log_says_every_few_seconds_how_far_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(chunks, "LOG_INTERVAL_S", 0.0)
+    assert list(chunks.with_progress("abc", "reading")) == ["a", "b", "c"]
+    assert capsys.readouterr().out == "".join(f"reading: {number} documents\n" for number in (1, 2, 3))
+    monkeypatch.undo()
+    assert list(chunks.with_progress("abc", "reading")) == ["a", "b", "c"]
+    assert capsys.readouterr().out == ""
