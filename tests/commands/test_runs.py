@@ -99,7 +99,7 @@ def test_the_table_is_printed_again_until_it_is_stopped(run_main):
     ("arguments", "expected"),
     [
         (["nowhere"], "error: FOLDER: nowhere is no folder"),
-        ([str(ROOT / "configs")], "error: FOLDER: "),
+        (["moe"], "error: FOLDER: moe holds no run; "),
         ([".", "--sort", "x"], "error: argument --sort: invalid choice: 'x'"),
         ([".", "--watch", "0"], "error: argument --watch: should be a number above 0"),
     ],

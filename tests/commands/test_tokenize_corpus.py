@@ -45,13 +45,13 @@ def test_two_processes_make_what_training_makes(overrides, tmp_path, capsys, mon
     [
         ([], "error: the following arguments are required"),
         (["nowhere.yaml"], "error: CONFIG: cannot read nowhere.yaml"),
-        ([str(TINY), "data.source=nowhere.txt"], "error: data.source: no such file: nowhere.txt"),
-        ([str(TINY), "--processes", "0"], "error: argument --processes: should be a whole number above 0"),
+        (["TINY", "data.source=nowhere.txt"], "error: data.source: no such file: nowhere.txt"),
+        (["TINY", "--processes", "0"], "error: argument --processes: should be a whole number above 0"),
     ],
     ids=str,
 )
 def test_bad_input_is_one_line(arguments, expected, capsys):
-    code = exit_code(main, arguments)
+    code = exit_code(main, [str(TINY) if item == "TINY" else item for item in arguments])
     printed = capsys.readouterr()
     assert (code, printed.out, printed.err.count("\n")) == (2, "", 1)
     assert printed.err.startswith(expected)

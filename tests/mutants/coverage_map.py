@@ -124,6 +124,7 @@ def _seconds(junit: Path) -> dict[str, float]:
     for case in ElementTree.parse(junit).iter("testcase"):
         if case.find("failure") is None and case.find("error") is None:
             test = f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}"
+            assert str(ROOT) not in test, f"{test} has another name in a copy of the tree"
             seconds[test] = float(case.attrib["time"])
             slowest[_group(test)] = max(seconds[test], slowest.get(_group(test), 0.0))
     return {_without_group(test): slowest[_group(test)] for test in seconds}
