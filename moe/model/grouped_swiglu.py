@@ -45,7 +45,7 @@ def choose_expert_path(weights: Weights, num_rows: int) -> ExpertPath:
         return "loop"
     if dtype == torch.bfloat16:
         return "grouped_mm"
-    if dtype != torch.float32 or weights[0].is_cuda or torch.compiler.is_compiling():
+    if dtype != torch.float32 or weights[0].device.type != "cpu" or torch.compiler.is_compiling():
         return "loop"
     is_little = num_rows * d_model * d_ff < _WORK_OF_EXPERT * num_experts * torch.get_num_threads()
     return "grouped_mm" if is_little else "loop"
