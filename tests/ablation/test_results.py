@@ -1,5 +1,7 @@
 """Which finished runs make up a cell, and what it is called."""
 
+import json
+
 import pytest
 
 from moe.ablation.html_report import write_report
@@ -63,3 +65,13 @@ def test_training_seconds_add_up_the_logged_steps_and_leave_out_what_is_between_
     ]
     # 5; 5 + 3 x 0.2; 5 + 9 x 0.2; 6.8 + 10 x 0.1; 7.8 + 3 x 0.4.
     assert training_seconds(lines) == pytest.approx({1: 5.0, 4: 5.6, 10: 6.8, 20: 7.8, 23: 9.0})
+
+
+@pytest.mark.parametrize(("lines", "mean"), [(5, 4.0), (19, 18.0), (20, 18.5), (40, 37.5)])
+def test_a_mean_is_that_of_the_last_tenth_of_the_log_and_at_least_of_one_line(tmp_path, lines, mean):
+    write_run(tmp_path / "a", SHAPES["8"][0], 0, 2.9)
+    logged = [{"step": step + 1, "moe/load_imbalance": float(step)} for step in range(lines)]
+    text = "".join(json.dumps(line | {"tokens": 1, "loss/lm": 4.0}) + "\n" for line in logged)
+    (tmp_path / "a" / "metrics.jsonl").write_text(text)
+    ((cell,),) = [found.cells for found in comparisons_of(tmp_path)]
+    assert cell.mean("moe/load_imbalance") == mean

@@ -68,6 +68,16 @@ def test_only_the_newest_are_kept(tmp_path):
     assert names_in(tmp_path) == ["step-00000003", "step-00000010"]
 
 
+def test_the_newest_is_the_one_of_the_last_step_whenever_its_files_were_touched(tmp_path):
+    """As after a copy of the run to another disk."""
+    for step in (1, 10, 2):
+        save(tmp_path, step)
+    os.utime(tmp_path / "step-00000001", (2e9, 2e9))
+    assert newest(tmp_path)[0].step == 10
+    save(tmp_path, 11, keep=2)
+    assert names_in(tmp_path) == ["step-00000010", "step-00000011"]
+
+
 def test_older_ones_are_deleted_only_after_the_new_one_has_its_name(tmp_path, monkeypatch):
     """A process that is killed before that, or cannot go on, leaves the older one."""
     save(tmp_path, 1, keep=1)

@@ -68,6 +68,8 @@ def test_a_stream_is_shuffled_within_windows_and_a_longer_one_begins_alike():
         assert window.tolist() != sorted(window)
     assert (short[:8] != short[8:16] - 8).any(), "every window has an order of its own"
     assert np.array_equal(sample_ids(config, np.arange(24), 1000), short)
+    epochs = sample_ids(config, np.arange(64), 16).reshape(4, 2, 8)  # four times two windows
+    assert len({tuple(window - window.min()) for epoch in epochs for window in epoch}) == 8
     ended = sample_ids(config, np.arange(40), 20)  # the last window of a stream that ends is shorter
     assert sorted(ended[:20]) == sorted(ended[20:]) == list(range(20))
     assert ended[:20].tolist() != ended[20:].tolist()

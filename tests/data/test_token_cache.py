@@ -75,6 +75,24 @@ def test_the_same_file_read_in_another_way_is_another_text(tmp_path, key, value)
     assert both.fingerprint == other.fingerprint
 
 
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_tokenizer_of_another_content_makes_another_text(tmp_path, is_folder):
+    """Under the same name; given as a file, or as the folder of a Hugging Face model."""
+    (tmp_path / "a.txt").write_text("some words\n" * 200)
+    (tmp_path / "t").mkdir()
+    given = str(tmp_path / "t" / ("" if is_folder else "tokenizer.json"))
+    found = []
+    for other in ("bpe:260", "bpe:264"):
+        trained = prepare_corpus(
+            corpus_config(tmp_path / other, source=str(tmp_path / "a.txt"), tokenizer=other)
+        )
+        trained.tokenizer.save(str(tmp_path / "t" / "tokenizer.json"))
+        settings = {"source": str(tmp_path / "a.txt"), "tokenizer": given}
+        found.append(prepare_corpus(corpus_config(tmp_path / "c", **settings)))
+        assert np.array_equal(found[-1].train.tokens, trained.train.tokens)
+    assert found[0].fingerprint != found[1].fingerprint
+
+
 def test_documents_end_with_the_end_token_and_decode_to_their_text(tmp_path):
     path = tmp_path / "d.jsonl"
     texts = [f"Grüße {i} 日本 🎉 <|endoftext|> inside" for i in range(200)]
