@@ -29,7 +29,7 @@ OTHER_VALUES = {
         (DENSE, set(OTHER_VALUES)),
         (DENSE | {"moe.every_n_layers": 2}, set(OTHER_VALUES) - {"model.d_ff"}),
     ],
-    ids=str,
+    ids=["sparse", "qk norm", "a dense layer", "dense", "dense, every second of experts"],
 )
 def test_a_key_is_unused_if_and_only_if_its_value_changes_nothing(changes, unused):
     config = changed(parse_config(SMALL), changes)
