@@ -21,8 +21,7 @@ CASES = {
     "steps=5": "steps: names no section, did you mean train.steps?",
     "train.steps": "train.steps: is not section.key=value",
     "model=3": "model: names no section",
-    "configs": "RUN: configs is not a run's folder; give one such as runs/tiny, or a YAML file",
-    "a.yaml b.yaml": "CONFIG: a.yaml and b.yaml are two configurations; give one",
+    "mixed": "RUN: mixed is not a run's folder; give one such as runs/tiny, or a YAML file",
     "--help=mo": "--help: no section 'mo'; there are run, model, moe, data,",
     # type and range
     "moe.num_experts=eight": "moe.num_experts: should be a valid integer",

@@ -120,7 +120,9 @@ def test_lines_of_a_log_say_how_much_time_is_left(run_main):
 
 def test_two_configurations_are_refused(capsys):
     assert exit_code(train.main, ["a.yaml", "b.yaml"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: CONFIG: a.yaml and b.yaml are two configurations; give one")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.slow
