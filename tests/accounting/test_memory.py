@@ -137,6 +137,7 @@ def test_activations_are_the_tensors_that_autograd_keeps(shape, precision):
 
 
 def test_a_document_mask_is_kept_once_for_all_layers():
+    torch.manual_seed(0)
     config = load_config(TINY, ["model.vocab_size=512"])
     model = Transformer(config)
     tokens = torch.randint(0, 512, (config.train.micro_batch_size, config.data.seq_len))

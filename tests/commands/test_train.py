@@ -30,7 +30,7 @@ def test_a_run_leaves_the_files_of_the_contract(small, tmp_path, capsys):
     assert train.main([*small, f"run.dir={run}"]) == 0
     out = capsys.readouterr().out
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "env.json", "metrics.jsonl", "summary.json", "loss.png", "sample.txt",
+        "config.yaml", "env.json", "metrics.jsonl", "summary.json", "loss.png", "sample.txt", "run.lock",
         "tokenizer.json", "checkpoints",
     }  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -55,7 +55,7 @@ def test_a_run_leaves_the_files_of_the_contract(small, tmp_path, capsys):
     environment = json.loads((run / "env.json").read_text())
     assert {"git_sha", "git_dirty", "versions", "processor"} <= set(environment)
     assert environment["cores"]
-    assert "parameters, active per token" in out
+    assert "active for a token" in out
 
 
 def test_a_finished_run_reports_what_it_cost(run_main):
