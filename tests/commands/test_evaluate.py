@@ -6,7 +6,7 @@ import math
 import pytest
 
 from scripts.evaluate import main
-from tests.support.commands import exit_code
+from tests.support.commands import assert_refused
 from tests.support.runs import read_lines
 
 
@@ -45,7 +45,4 @@ def test_the_table_has_a_line_for_each_text_and_one_for_all(run_main, tmp_path, 
     ids=str,
 )
 def test_bad_input_is_refused_in_one_line(arguments, expected, capsys):
-    code = exit_code(main, arguments)
-    printed = capsys.readouterr()
-    assert (code, printed.out, printed.err.count("\n")) == (2, "", 1)
-    assert printed.err.startswith(expected)
+    assert_refused(main, arguments, expected, capsys)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from scripts.generate import main
-from tests.support.commands import exit_code
+from tests.support.commands import assert_refused
 from tests.support.paths import ROOT, TINY
 
 
@@ -30,10 +30,7 @@ from tests.support.paths import ROOT, TINY
     ids=str,
 )
 def test_generate_refuses_bad_input_in_one_line(arguments, expected, capsys):
-    code = exit_code(main, arguments)
-    printed = capsys.readouterr()
-    assert (code, printed.out, printed.err.count("\n")) == (2, "", 1)
-    assert printed.err.startswith(expected)
+    assert_refused(main, arguments, expected, capsys)
 
 
 def test_generate_writes_text_from_a_run(run_main, capsys):

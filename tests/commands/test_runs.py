@@ -9,7 +9,7 @@ from PIL import Image
 
 from moe.runs.run_folder import RunFolder
 from scripts.runs import main
-from tests.support.commands import exit_code
+from tests.support.commands import assert_refused
 from tests.support.paths import ROOT
 from tests.support.runs import read_lines
 
@@ -106,10 +106,7 @@ def test_the_table_is_printed_again_until_it_is_stopped(run_main):
     ids=str,
 )
 def test_bad_input_is_refused_in_one_line(arguments, expected, capsys):
-    code = exit_code(main, arguments)
-    printed = capsys.readouterr()
-    assert (code, printed.out, printed.err.count("\n")) == (2, "", 1)
-    assert printed.err.startswith(expected)
+    assert_refused(main, arguments, expected, capsys)
 
 
 def test_a_picture_that_cannot_be_written_is_refused_in_one_line(run_main, capsys, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 import train
 from moe.config import load_config
-from tests.support.commands import exit_code
+from tests.support.commands import assert_refused
 from tests.support.paths import CONFIGS, TRAIN
 from tests.support.runs import read_lines
 
@@ -119,10 +119,8 @@ def test_lines_of_a_log_say_how_much_time_is_left(run_main):
 
 
 def test_two_configurations_are_refused(capsys):
-    assert exit_code(train.main, ["a.yaml", "b.yaml"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: CONFIG: a.yaml and b.yaml are two configurations; give one")
-    assert error.count("\n") == 1
+    expected = "error: CONFIG: a.yaml and b.yaml are two configurations; give one"
+    assert_refused(train.main, ["a.yaml", "b.yaml"], expected, capsys)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 from moe.config import load_config
 from moe.data.token_cache import plan_build, prepare_corpus
 from scripts.tokenize_corpus import main
-from tests.support.commands import exit_code
+from tests.support.commands import assert_refused
 from tests.support.paths import TINY
 
 
@@ -51,10 +51,7 @@ def test_two_processes_make_what_training_makes(overrides, tmp_path, capsys, mon
     ids=str,
 )
 def test_bad_input_is_one_line(arguments, expected, capsys):
-    code = exit_code(main, [str(TINY) if item == "TINY" else item for item in arguments])
-    printed = capsys.readouterr()
-    assert (code, printed.out, printed.err.count("\n")) == (2, "", 1)
-    assert printed.err.startswith(expected)
+    assert_refused(main, [str(TINY) if item == "TINY" else item for item in arguments], expected, capsys)
 
 
 def test_a_bad_record_that_a_process_meets_is_one_line(tmp_path, capsys, monkeypatch):
