@@ -77,7 +77,7 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         model, dispatcher = config.model, dispatcher or LocalDispatcher()
-        self.config, self.max_seq_len = model, model.max_seq_len
+        self.model_config, self.max_seq_len = model, model.max_seq_len
         self.activation_checkpointing = config.train.activation_checkpointing
         self.embedding = nn.Embedding(config.vocab_size, model.d_model)
         self.blocks = nn.ModuleList(
@@ -113,7 +113,7 @@ class Transformer(nn.Module):
             mask = None if documents is None else document_mask(documents, hidden_BSD.dtype)
         else:
             layer_caches, positions, mask = cache.extend(tokens.shape[1])
-        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        rotary = rotary_tables(positions, self.model_config.head_dim, self.model_config.rope_theta)
         reports = []
         for block, layer_cache in zip(self.blocks, layer_caches, strict=True):
             if self.activation_checkpointing and self.training:
@@ -129,4 +129,4 @@ class Transformer(nn.Module):
 
     def new_cache(self, sequences: int) -> KeyValueCache:
         """Room for `max_seq_len` tokens of each of B sequences, for `forward`."""
-        return KeyValueCache.empty(self.config, sequences, like=self.embedding.weight)
+        return KeyValueCache.empty(self.model_config, sequences, like=self.embedding.weight)

@@ -160,7 +160,7 @@ def test_with_recomputation_one_block_at_a_time_is_whole_and_the_largest_counts(
     model = Transformer(config)
     batch, length = config.train.micro_batch_size, config.data.seq_len
     hidden = torch.randn(batch, length, config.model.d_model, requires_grad=True)
-    rotary = rotary_tables(torch.arange(length), model.config.head_dim, model.config.rope_theta)
+    rotary = rotary_tables(torch.arange(length), config.model.head_dim, config.model.rope_theta)
     kept = [bytes_kept(block, hidden, rotary) for block in model.blocks]
     assert kept.index(max(kept)) == largest
     assert estimate_memory(config, 1, "cpu").recomputed == pytest.approx(max(kept), rel=0.03)
