@@ -34,11 +34,8 @@ def main(arguments: list[str]) -> int:
     prompts = [_as_text(prompt.encode("utf-8", "surrogateescape")) for prompt in options.prompt]
     prompts += [_read(name) for name in options.prompt_file]
 
-    from moe.inference.generation import (
-        Sampling,
-        generate,
-        stream,
-    )  # after the parsing, since torch takes a second
+    # Imported here, since torch takes a second.
+    from moe.inference.generation import Sampling, generate, stream
     from moe.inference.trained_run import load_run
 
     sampling = Sampling(

@@ -18,7 +18,7 @@ from moe.config import flat_config
 _EXPERTS = "moe.num_experts"
 _GRANULARITY = (_EXPERTS, "moe.top_k", "moe.num_shared_experts", WIDTH)  # change together
 _ROUTER_METRICS = ("load_imbalance", "dead_experts", "router_entropy", "dropped_fraction")
-VAGUE = 10  # from one end of an interval to the other; an equivalent size that is less certain says nothing
+VAGUE = 10  # an equivalent size whose interval spans a larger factor is not reported
 _MIN_RATIO = 2  # of the largest to the smallest total parameters, for a power law in them
 
 
@@ -45,7 +45,7 @@ class Comparison:
     baseline: CellResult | None  # the dense cell whose FLOPs are nearest to those of the sparse cells
     differences: Mapping[str, Interval]  # loss minus the baseline's, if they have a seed in common
     worth: Mapping[str, Interval]  # size of the dense model with the same loss, unless dense_law may be flat
-    vague: Sequence[str]  # labels of the cells for which that size is too uncertain to be told
+    vague: Sequence[str]  # labels of the cells whose size is too uncertain to report
     dense_law: PowerLaw | None  # loss over the dense cells as a power of size; None for fewer than 2 sizes
     curves: Sequence[Curve]  # along each varied setting
     is_race: bool  # whether all cells were trained for equal time, instead of equal tokens

@@ -15,7 +15,7 @@ DEFAULT_CONFIG = Path("configs") / "tiny.yaml"  # in the folder of train.py
 
 
 def read_arguments(arguments: list[str], root: Path) -> Config | None:
-    """The configuration that a command line names; None if it was only to be printed, or help.
+    """The configuration that a command line names; None if something was printed instead.
 
     Args:
         arguments: a YAML file or a run's folder, at most one, and overrides, in any order; options.
@@ -76,7 +76,7 @@ def check_arguments() -> None:
 
 
 def _is_override(item: str) -> bool:
-    """Whether an item is no path. A path may hold an equals sign: `lr=3/c.yaml`, `runs/num_experts=8`."""
+    """Whether an item is an override. A path can have an equals sign too, as in `runs/num_experts=8`."""
     if item.endswith((".yaml", ".yml")) or Path(item).is_dir():
         return False
     return "=" in item or item.partition(".")[0] in Config.model_fields  # without a value it is refused later

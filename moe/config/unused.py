@@ -1,4 +1,4 @@
-"""Which keys of a configuration nothing depends on."""
+"""Which keys of a configuration make no difference to its runs."""
 
 from moe.config.schema import Config
 from moe.config.sections import MoEConfig

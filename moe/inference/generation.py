@@ -103,7 +103,7 @@ class _Text:
             self._decoder.step(run.tokenizer, token)
 
     def add(self, token: int) -> str:
-        """The characters that are certain after one more token."""
+        """The characters that can be written once this token is added."""
         if token == self._run.end_id:
             self.ended = True
             return ""

@@ -13,7 +13,7 @@ from moe.config import ModelConfig
 
 
 class LayerCache(NamedTuple):
-    """One layer's part of a `KeyValueCache`, and where the new tokens go.
+    """One layer's part of a `KeyValueCache`, and the positions of the new tokens.
 
     Attributes:
         keys, values: (B, G, L, Q).
@@ -53,11 +53,11 @@ class KeyValueCache(NamedTuple):
         return cls(like.new_zeros(shape), like.new_zeros(shape), torch.zeros(sequences, dtype=torch.int64))
 
     def of(self, sequences: slice | list[int]) -> "KeyValueCache":
-        """That of some sequences: for a slice the same memory, for a list a copy."""
+        """The cache of some sequences; a slice shares the memory, a list copies it."""
         return KeyValueCache(self.keys[:, sequences], self.values[:, sequences], self.lengths[sequences])
 
     def extend(self, tokens: int) -> tuple[list[LayerCache], Tensor, Tensor]:
-        """Make place for S more tokens of each sequence.
+        """Reserve the places of S more tokens of each sequence.
 
         Returns:
             The caches of the layers; the positions of the new tokens, (B, S) int64; and the mask (B, 1, S, C)

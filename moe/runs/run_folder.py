@@ -35,7 +35,7 @@ class RunFolder:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Train meanwhile. If this process ends in whatever way, the folder is free again.
+        """Lock the folder while this process trains. The system removes the lock when the process ends.
 
         Raises:
             ConfigError: another process trains.

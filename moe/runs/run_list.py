@@ -1,5 +1,6 @@
 """The runs below a folder: how each stands, as a table and as curves."""
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,14 +69,14 @@ def _look_at(path: Path, root: Path) -> ListedRun:
     elif folder.summary.exists():
         status = "finished"
     train = [line for line in metrics if "loss/lm" in line]
-    speeds = sorted(line["perf/tokens_per_s"] for line in train[-20:])
+    speeds = [line["perf/tokens_per_s"] for line in train[-20:]]
     return ListedRun(
         name=str(path.relative_to(root)) if path != root else path.name,
         status=status,
         step=train[-1]["step"] if train else 0,
         tokens=train[-1]["tokens"] if train else 0,
         loss=next((line["eval/loss"] for line in reversed(metrics) if "eval/loss" in line), None),
-        tokens_per_s=speeds[len(speeds) // 2] if speeds else None,
+        tokens_per_s=statistics.median_high(speeds) if speeds else None,
         written=folder.metrics.stat().st_mtime,
         config=config,
         counts=count_parameters(config),
