@@ -7,38 +7,37 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from moe.config import ConfigError, changed, parse_config
+from moe.data.tokenizer import end_token, load_tokenizer
 from moe.inference.perplexity import predict
 from moe.inference.trained_run import TrainedRun
 from moe.model.transformer import Transformer
 from tests.support.models import SMALL
 
-END, LENGTH = 256, 10
+LENGTH = 10
 
 
 @pytest.fixture(scope="module")
 def run() -> TrainedRun:
     """A token for each byte, windows of 10 tokens, three at a time."""
-    byte_of = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(byte_of)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(["<end>"])
+    tokenizer = load_tokenizer("bytes", ())
+    end = tokenizer.token_to_id(end_token(tokenizer, None))
+    assert end is not None
     config = parse_config(
         SMALL
         | {"model": SMALL["model"] | {"vocab_size": 257}}
         | {"data": {"seq_len": LENGTH}, "train": {"global_batch_size": 3, "micro_batch_size": 3}}
     )
-    return TrainedRun(Transformer(config).eval(), tokenizer, config, END)
+    return TrainedRun(Transformer(config).eval(), tokenizer, config, end)
 
 
 @torch.no_grad()
 def naive(run: TrainedRun, documents: list[str], stride: int) -> float:
     """Nats of all tokens, one after the other."""
-    tokens, ends = [END], [0]
+    tokens, ends = [run.end_id], [0]
     for number, document in enumerate(documents, 1):
-        tokens += [*run.tokenizer.encode(document).ids, END]
+        tokens += [*run.tokenizer.encode(document).ids, run.end_id]
         ends += [number] * (len(tokens) - len(ends))
     nats, start = 0.0, 0
     for place in range(1, len(tokens)):
@@ -70,7 +69,7 @@ def test_every_token_counts_once_whatever_the_length_and_the_stride(run, tmp_pat
 @pytest.mark.parametrize("masks", [False, True])
 def test_documents_follow_each_other_with_the_token_that_ends_them(run, tmp_path, masks):
     """With masks they see their own tokens only. None is held out, and empty ones are left out."""
-    texts = [f"äé <end> {n} " * (n % 3 + 1) for n in range(25)]
+    texts = [f"äé <|endoftext|> {n} " * (n % 3 + 1) for n in range(25)]
     with gzip.open(tmp_path / "texts.jsonl.gz", "wt", encoding="utf-8") as file:
         file.writelines(json.dumps({"body": text}) + "\n" for text in [*texts, " "])
     run = replace(run, config=changed(run.config, {"data.document_masks": masks}))

@@ -4,27 +4,25 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from moe.config import parse_config
+from moe.data.tokenizer import end_token, load_tokenizer
 from moe.inference.generation import Sampling, generate, stream
 from moe.inference.trained_run import TrainedRun
 from moe.model.transformer import Transformer
 from tests.support.models import SMALL
 
-TEXT, END = "def x→ü😀,stop!", 256  # no byte occurs twice
+TEXT = "def x→ü😀,stop!"  # no byte occurs twice
 SAMPLING = Sampling(max_new_tokens=100, temperature=0)
 
 
 @pytest.fixture(scope="module")
 def run() -> TrainedRun:
     """A model that knows `TEXT` by heart: after each byte the next one is the likeliest, at last the end."""
-    byte_of = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(sorted(byte_of))}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
+    tokenizer = load_tokenizer("bytes", ())
+    end = tokenizer.token_to_id(end_token(tokenizer, None))
+    assert end is not None
     own = {"vocab_size": 257, "d_model": 128, "tie_embeddings": False}
     config = parse_config(SMALL | {"model": SMALL["model"] | own})
     model = Transformer(config)
@@ -35,9 +33,9 @@ def run() -> TrainedRun:
                 if name.endswith(("output.weight", "w_down")):
                     weight.zero_()
         nn.init.normal_(model.embedding.weight)
-        for token, following in pairwise([*tokenizer.encode(TEXT).ids, END]):
+        for token, following in pairwise([*tokenizer.encode(TEXT).ids, end]):
             model.head.weight[following] = nn.functional.normalize(model.embedding.weight[token], dim=0) * 9
-    return TrainedRun(model.eval(), tokenizer, config, END)
+    return TrainedRun(model.eval(), tokenizer, config, end)
 
 
 def test_a_text_is_written_up_to_the_end_of_the_document(run):
