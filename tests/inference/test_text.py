@@ -56,6 +56,7 @@ def test_no_piece_has_a_part_of_a_character(run):
         (["😀,s", "üh", " stopped"], "def x→ü"),
         (["! "], TEXT),
         (["ef"], "d"),
+        (["op!", "top!"], "def x→ü😀,s"),
     ],
 )
 def test_a_text_ends_before_the_first_stop_string(run, stop, written):
