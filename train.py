@@ -189,8 +189,9 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     starts = samples_of_step(config, run.corpus.train, step)
     starts_here = starts.reshape(-1, world.size, micro)[:, world.rank].flatten()
     meter, norms = StepMeter(world.device), None
-    for tokens, documents, targets in read_batches(config, run.corpus.train, starts_here, world.device):
-        loss = training_loss(engine(tokens, documents), targets, config.moe)
+    for batch in read_batches(config, run.corpus.train, starts_here, world.device, step):
+        output = engine(batch.tokens, batch.documents, batch.dropout_keys)
+        loss = training_loss(output, batch.targets, config.moe)
         meter.add(loss)
         engine.backward(loss.total)
         norms = engine.step(lr)

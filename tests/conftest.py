@@ -59,6 +59,7 @@ def small(text_file, cache_dir) -> list[str]:
         "model.d_ff=64",
         "model.max_seq_len=64",
         "model.qk_norm=true",
+        "model.dropout=0.1",
         "moe.num_experts=4",
         "moe.top_k=2",
         "moe.d_ff_expert=32",

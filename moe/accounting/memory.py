@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from moe.accounting.communication import FP32, bytes_per_value, rows_per_token
 from moe.accounting.counts import count_parameters
 from moe.config import Config
-from moe.training.deepspeed_config import REDUCE_BUCKET, reduces_gradients
+from moe.training.deepspeed_config import reduce_bucket
 
 MOMENTS_BYTES = 8  # Adam's two, per parameter
 
@@ -49,7 +49,7 @@ class Memory:
 
 
 def estimate_memory(config: Config, world_size: int, device: str) -> Memory:
-    """Estimate the memory of one of `world_size` ranks on `cpu` or `cuda`, with evenly used experts.
+    """Estimate the memory of one of `world_size` ranks on `cpu` or a GPU, with evenly used experts.
 
     Raises:
         ConfigError: `model.vocab_size` is null, or the global batch does not split evenly over the ranks.
@@ -65,12 +65,13 @@ def estimate_memory(config: Config, world_size: int, device: str) -> Memory:
     kept = model.n_layers * width * model.d_model if recomputes else sum(blocks)
     mask = config.data.seq_len * width * config.data.document_masks  # one for all layers
     final_norm = (2 * FP32 + width) * model.d_model
+    embedding = _dropout_mask(config)
     return Memory(
         weights=held * width,
         optimizer=share * (MOMENTS_BYTES + (FP32 if width != FP32 else 0)),
         gradients=share * FP32 if parallel.zero_stage == 2 else held * width,
-        bucket=REDUCE_BUCKET[device] * width if reduces_gradients(config, world_size) else 0,
-        activations=tokens * (kept + final_norm + mask),
+        bucket=reduce_bucket(config, world_size, device) * width,
+        activations=tokens * (embedding + kept + final_norm + mask),
         recomputed=tokens * max(blocks) if recomputes else 0,
         temporary=tokens * max(_temporary(config, layer, device) for layer in range(model.n_layers)),
         dispatch=int(tokens * 2 * rows_per_token(config) * model.d_model * width),
@@ -84,8 +85,8 @@ def _temporary(config: Config, layer: int, device: str) -> int:
     """Bytes per token that the backward pass of a feed-forward block takes for the rows it works on at once.
 
     Four tensors of the hidden width; of width d_model two of the rows' gradients and, in a sparse block,
-    copies of the rows and of the output's gradients. Routed and shared experts take their turns. In fp32 on a
-    CPU routed experts work one after the other, and add to the gradient of all tokens.
+    copies of the rows and of the output's gradients. Routed and shared experts take their turns. Where routed
+    experts work one after the other, as they can in fp32 on a CPU, they add to the gradient of all tokens.
     """
     model, moe, width = config.model, config.moe, bytes_per_value(config)
     hidden = _dense_width(config, layer)
@@ -94,9 +95,19 @@ def _temporary(config: Config, layer: int, device: str) -> int:
         return dense
     rows = moe.top_k * min(1.0, moe.capacity_factor or 1.0)
     sparse = width * rows * (4 * moe.d_ff_expert + 4 * model.d_model)
-    if device == "cpu" and width == FP32:
+    if device == "cpu" and width == FP32 and _one_after_the_other(config):
         sparse = sparse * config.parallel.ep_size / moe.num_experts + width * model.d_model
     return max(dense, int(sparse))
+
+
+def _one_after_the_other(config: Config) -> bool:
+    """Whether the routed experts work so in fp32 on this machine's CPU."""
+    from moe.model.grouped_swiglu import one_after_the_other  # with torch, which GPUs' estimates do without
+
+    model, moe = config.model, config.moe
+    rows = config.train.micro_batch_size * config.data.seq_len * moe.top_k
+    shape = moe.num_experts // config.parallel.ep_size, model.d_model, moe.d_ff_expert
+    return one_after_the_other(shape, rows)
 
 
 def _dense_width(config: Config, layer: int) -> int:
@@ -107,6 +118,11 @@ def _dense_width(config: Config, layer: int) -> int:
     return (moe.num_shared_experts + moe.is_dense) * moe.d_ff_expert
 
 
+def _dropout_mask(config: Config) -> int:
+    """Bytes per token of what one dropout keeps, a bool for each feature."""
+    return config.model.d_model if config.model.dropout else 0
+
+
 def _block_activations(config: Config, layer: int) -> int:
     """Bytes per token of the tensors that a block saves for its backward pass, module by module."""
     model, moe, width = config.model, config.moe, bytes_per_value(config)
@@ -115,6 +131,7 @@ def _block_activations(config: Config, layer: int) -> int:
     attention = norm + width * (model.d_model + heads * model.head_dim) + FP32 * model.n_heads
     if model.qk_norm:
         attention += 2 * FP32 * (model.n_heads + model.n_kv_heads) * model.head_dim
+    attention += 2 * _dropout_mask(config)
     hidden = _dense_width(config, layer)
     if layer not in config.moe_layers or moe.is_dense:
         return attention + norm + width * (model.d_model + 2 * hidden)

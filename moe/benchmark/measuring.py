@@ -21,8 +21,8 @@ _Result = TypeVar("_Result")
 
 def now(device: torch.device) -> float:
     """Seconds on a clock, read after the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 

@@ -52,8 +52,8 @@ class _TimedEngine:
         self._engine, self._device = engine, device
         self.seconds: dict[str, float] = {"forward": 0.0, "backward": 0.0, "update": 0.0}
 
-    def __call__(self, tokens: Tensor, documents: Tensor | None) -> Any:
-        return self._timed("forward", self._engine, tokens, documents)
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        return self._timed("forward", self._engine, *inputs)
 
     def backward(self, loss: Tensor) -> None:
         self._timed("backward", self._engine.backward, loss)
@@ -117,11 +117,11 @@ class _Floor:
         forward = backward = 0.0
         step = next(self._steps)
         starts = samples_of_step(self.config, self.corpus.train, step)
-        for tokens, documents, targets in read_batches(self.config, self.corpus.train, starts, self.device):
+        for batch in read_batches(self.config, self.corpus.train, starts, self.device, step):
             started = now(self.device)
-            output = self.model(tokens, documents)
+            output = self.model(batch.tokens, batch.documents, dropout_keys=batch.dropout_keys)
             forward += now(self.device) - started
-            loss = training_loss(output, targets, self.config.moe).total
+            loss = training_loss(output, batch.targets, self.config.moe).total
             del output
             started = now(self.device)
             loss.backward()

@@ -61,6 +61,9 @@ class ModelConfig(Section):
     max_seq_len: int = _key(256, "longest context, in tokens", gt=0)
     rope_theta: float = _key(10_000.0, "base of the rotary frequencies", gt=1)
     tie_embeddings: bool = _key(True, "share the input embedding with the output head")
+    dropout: float = _key(
+        0.0, "share of a sublayer's output that is set to 0 in training, and of the embeddings", ge=0, lt=1
+    )
     qk_norm: bool = _key(False, "RMSNorm of queries and keys before rotation")
     qk_norm_scope: Literal["head", "all_heads"] = _key("head", "what one norm spans: a head or all heads")
     vocab_size: int | None = _key(None, "rows of the embedding; null: from the tokenizer", gt=1)
@@ -197,7 +200,9 @@ class ParallelConfig(Section):
 
     on_resume: ClassVar[OnResume] = "free"
 
-    device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: cuda if there is one")
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = _key(
+        "auto", "auto: cuda if there is one, else cpu; nobody has tried xpu and mps yet"
+    )
     ep_size: int = _key(1, "ranks that split the experts of a layer", gt=0)
     dispatch: Literal["once_per_rank", "once_per_expert"] = _key(
         "once_per_rank", "how often a token is sent to a rank with several of its experts"

@@ -9,6 +9,7 @@ from torch import Tensor
 from moe.config import Config
 from moe.data.samples import documents_of_samples, read_samples
 from moe.data.text import Text
+from moe.model.dropout import dropout_keys
 
 
 class Batch(NamedTuple):
@@ -19,17 +20,22 @@ class Batch(NamedTuple):
         documents: (B, S) int64, the number of each token's document; None: attention is not masked by
             documents, or each sample is of one document.
         targets: (B, S) int64, the next tokens.
+        dropout_keys: (B,) int32, see `dropout.dropout_keys`; None without a dropout.
     """
 
     tokens: Tensor
     documents: Tensor | None
     targets: Tensor
+    dropout_keys: Tensor | None
 
 
-def read_batches(config: Config, text: Text, starts: np.ndarray, device: torch.device) -> list[Batch]:
+def read_batches(
+    config: Config, text: Text, starts: np.ndarray, device: torch.device, step: int | None = None
+) -> list[Batch]:
     """Read the samples that start at some tokens of a text, `train.micro_batch_size` to a batch.
 
-    Without any sample it is one batch of none. All are moved at once, as each move waits for a GPU.
+    Without any sample it is one batch of none. All are moved at once, as each move waits for a GPU. Training
+    names its step, on which the masks of a dropout depend.
     """
     size, seq_len = config.train.micro_batch_size, config.data.seq_len
     samples = torch.from_numpy(read_samples(text.tokens, starts, seq_len)).to(device).split(size)
@@ -39,6 +45,10 @@ def read_batches(config: Config, text: Text, starts: np.ndarray, device: torch.d
         needed = torch.from_numpy(numbers[:, 0] != numbers[:, -1]).split(size)
         numbers = torch.from_numpy(numbers).to(device).split(size)
         documents = [mask if bool(need.any()) else None for mask, need in zip(numbers, needed, strict=True)]
+    keys: list[Tensor | None] = [None] * len(samples)
+    if config.model.dropout and step is not None:
+        keys = list(dropout_keys(config.run.seed, step, starts.tolist()).to(device).split(size))
     return [
-        Batch(sample[:, :-1], mask, sample[:, 1:]) for sample, mask in zip(samples, documents, strict=True)
+        Batch(sample[:, :-1], mask, sample[:, 1:], key)
+        for sample, mask, key in zip(samples, documents, keys, strict=True)
     ]

@@ -39,18 +39,26 @@ def choose_device(parallel: ParallelConfig) -> torch.device:
     """The device of this process.
 
     Raises:
-        ConfigError: cuda is asked for and there is none.
+        ConfigError: a kind is asked for that torch does not see, or there are fewer than processes.
     """
-    has_cuda = torch.cuda.is_available()
-    if parallel.device == "cuda" and not has_cuda:
-        raise ConfigError("parallel.device", "torch sees no CUDA device; set it to cpu or auto")
-    if parallel.device == "cpu" or not has_cuda:
+    seen = torch.accelerator.current_accelerator(check_available=True)
+    kind = parallel.device
+    if kind == "auto":
+        kind = "cuda" if seen is not None and seen.type == "cuda" else "cpu"
+    if kind == "cpu":
         return torch.device("cpu")
-    place, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if seen is None or seen.type != kind:
+        raise ConfigError("parallel.device", f"torch sees no {kind.upper()} device; set it to cpu or auto")
+    place, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
     if place >= devices:
-        problem = f"process {place} of this node has none of its {devices} CUDA devices"
+        problem = f"process {place} of this node has none of its {devices} {kind.upper()} devices"
         raise ConfigError("parallel.device", f"{problem}; start fewer, or use cpu")
-    return torch.device("cuda", place)
+    return torch.device(kind, place)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The dtype for sums of many numbers: fp64, or fp32 on MPS, which has no wider one."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def keep_freed_memory() -> None:
@@ -70,11 +78,11 @@ def join(parallel: ParallelConfig, device: torch.device) -> None:
     """Join the process group of all ranks; without a launcher, make one of size 1."""
     if torch.distributed.is_initialized():
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = torch.distributed.get_default_backend_for_device(device)
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
     os.environ.setdefault("LOCAL_RANK", "0")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
     if "WORLD_SIZE" in os.environ:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)

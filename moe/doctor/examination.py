@@ -95,9 +95,10 @@ class Examination:
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         model = Transformer(self.config).to(self.device, dtype)
         starts = samples_of_step(self.config, self.corpus.train, 0)
-        batches = read_batches(self.config, self.corpus.train, starts, self.device)
-        for tokens, documents, targets in batches:
-            loss = training_loss(model(tokens, documents), targets, self.config.moe).total
+        batches = read_batches(self.config, self.corpus.train, starts, self.device, step=0)
+        for batch in batches:
+            output = model(batch.tokens, batch.documents, dropout_keys=batch.dropout_keys)
+            loss = training_loss(output, batch.targets, self.config.moe).total
             (loss / len(batches)).backward()
         squares, roles = defaultdict[str, float](float), parameter_roles(model)
         for name, parameter in model.named_parameters():

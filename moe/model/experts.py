@@ -59,5 +59,8 @@ class GroupedExperts(nn.Module):
             (M, D), same dtype.
         """
         weights = (self.w_gate, self.w_up, self.w_down)
-        path: ExpertPath = self.path or choose_expert_path(weights, len(permutation.assignment_of_row))
+        path: ExpertPath | None = self.path
+        if path is None:
+            rows = len(permutation.assignment_of_row)
+            path = choose_expert_path(self.w_gate.shape, self.w_gate.dtype, self.w_gate.device, rows)
         return grouped_swiglu(tokens, gate_weights, weights, permutation, path)

@@ -23,6 +23,7 @@ from moe.dispatch.permutation import (
     unpermute_reference,
     used_rows,
 )
+from moe.model import products
 from moe.model.activation import activate, activate_backward
 from moe.model.products import DENSE, Products, grouped_products
 
@@ -32,23 +33,32 @@ _MOST_GROUPS = 1024  # of torch's grouped GEMM on a GPU
 Weights = Sequence[Tensor]  # w_gate, w_up (E, D, F), w_down (E, F, D); those of one expert have no E
 
 
-def choose_expert_path(weights: Weights, num_rows: int) -> ExpertPath:
-    """The faster path for these weights and this number of rows; see `grouped_swiglu`.
+def choose_expert_path(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, num_rows: int
+) -> ExpertPath:
+    """The faster path for weights of a shape (E, D, F) and this number of rows; see `grouped_swiglu`.
 
-    In fp32 on a CPU, `loop` has the faster products and `grouped_mm` fewer operations, so what counts is the
-    work of an expert on a thread. Measured on a Zen 5 with 1 and 2 threads, 8 to 64 experts of 128 x 64 to
-    256 x 512 and 2,048 to 16,384 rows.
+    In fp32 on a CPU, `grouped_mm` has fewer operations, and `loop` has faster products if they are oneDNN's,
+    so what counts then is the work of an expert on a thread. Measured on a Zen 5 with 1 and 2 threads, 8 to
+    64 experts of 128 x 64 to 256 x 512 and 2,048 to 16,384 rows; and on an AMD EPYC with AVX2 alone.
     """
-    num_experts, d_model, d_ff = weights[0].shape
-    dtype, width = weights[0].dtype, weights[0].element_size()
+    num_experts, d_model, d_ff = shape
+    width = dtype.itemsize
     if d_model * width % 16 or d_ff * width % 16 or num_experts > _MOST_GROUPS:
         return "loop"
     if dtype == torch.bfloat16:
         return "grouped_mm"
-    if dtype != torch.float32 or weights[0].device.type != "cpu" or torch.compiler.is_compiling():
+    if dtype != torch.float32 or device.type != "cpu" or torch.compiler.is_compiling():
         return "loop"
+    if not products.PREFERS_ONEDNN:
+        return "grouped_mm"
     is_little = num_rows * d_model * d_ff < _WORK_OF_EXPERT * num_experts * torch.get_num_threads()
     return "grouped_mm" if is_little else "loop"
+
+
+def one_after_the_other(shape: Sequence[int], num_rows: int) -> bool:
+    """Whether experts with weights of a shape (E, D, F) work so in fp32 on this machine's CPU."""
+    return choose_expert_path(shape, torch.float32, torch.device("cpu"), num_rows) == "loop"
 
 
 def grouped_swiglu(

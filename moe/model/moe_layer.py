@@ -91,14 +91,15 @@ class MoELayer(nn.Module):
         if seed is not None:
             init_weights(self, seed)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, MoEAux]:
+    def forward(self, hidden: Tensor, with_report: bool = True) -> tuple[Tensor, MoEAux | None]:
         """Transform every token.
 
         Args:
             hidden: (B, S, D), any float type.
+            with_report: generating a token needs none, and it takes a third of the layer's time.
 
         Returns:
-            (B, S, D) of the same dtype, and the report.
+            (B, S, D) of the same dtype, and the report if it is wanted.
 
         Raises:
             ValueError: the input has another shape, or holds integers.
@@ -120,6 +121,9 @@ class MoELayer(nn.Module):
         output_TD = self.dispatcher.combine(sums_MD, metadata)
         if shared_TD is not None:
             output_TD = output_TD + shared_TD
+        output = output_TD.view_as(hidden)
+        if not with_report:
+            return output, None
 
         by_sequence = hidden.shape[:2]
         aux = MoEAux(
@@ -133,4 +137,4 @@ class MoELayer(nn.Module):
             router_entropy=router_entropy(routing.router_probs.detach()),
             dispatch_bytes=metadata.sent_bytes,
         )
-        return output_TD.view_as(hidden), aux
+        return output, aux

@@ -13,6 +13,7 @@ from moe.config import Config
 from moe.dispatch.interface import Dispatcher
 from moe.dispatch.local import LocalDispatcher
 from moe.model.attention import NORM_EPS, Attention, document_mask, rotary_tables
+from moe.model.dropout import dropout, keys_of_places
 from moe.model.experts import SwiGLU
 from moe.model.grouped_swiglu import ExpertPath
 from moe.model.initialization import init_weights
@@ -22,18 +23,25 @@ from moe.model.products import Linear, linear
 
 
 class TransformerOutput(NamedTuple):
-    """Logits (B, S, V) in the model's dtype, and the MoE layers' reports stacked; None in a dense model."""
+    """Logits (B, S, V) in the model's dtype, and the MoE layers' reports stacked.
+
+    There are no reports (None) in a dense model, nor with a cache.
+    """
 
     logits: Tensor
     aux: MoEAux | None
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then a pre-norm feed-forward part that is a `MoELayer` or a dense `SwiGLU`."""
+    """Pre-norm attention, then a pre-norm feed-forward part that is a `MoELayer` or a dense `SwiGLU`.
+
+    What each adds to its input passes a dropout (Vaswani et al. 2017, section 5.4).
+    """
 
     def __init__(self, config: Config, layer: int, dispatcher: Dispatcher, expert_path: ExpertPath | None):
         super().__init__()
         model, moe = config.model, config.moe
+        self.dropout = model.dropout
         self.attention_norm = nn.RMSNorm(model.d_model, NORM_EPS)
         self.attention = Attention(model)
         self.ffn_norm = nn.RMSNorm(model.d_model, NORM_EPS)
@@ -50,11 +58,23 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> tuple[Tensor, MoEAux | None]:
-        """Map (B, S, D) to (B, S, D) and the MoE layer's report, or None."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, mask, cache)
+        """Map (B, S, D) to (B, S, D) and the MoE layer's report, None of a dense block or with a cache.
+
+        The dropout's keys (2, B) are those of its two places; None: no dropout.
+        """
+        attended = self.attention(self.attention_norm(hidden), rotary, mask, cache)
+        if dropout_keys is not None:
+            attended = dropout(attended, self.dropout, dropout_keys[0])
+        hidden = hidden + attended
         normed = self.ffn_norm(hidden)
-        output, aux = self.ffn(normed) if isinstance(self.ffn, MoELayer) else (self.ffn(normed), None)
+        if isinstance(self.ffn, MoELayer):
+            output, aux = self.ffn(normed, with_report=cache is None)
+        else:
+            output, aux = self.ffn(normed), None
+        if dropout_keys is not None:
+            output = dropout(output, self.dropout, dropout_keys[1])
         return hidden + output, aux
 
 
@@ -88,7 +108,11 @@ class Transformer(nn.Module):
         init_weights(self, config.run.seed)
 
     def forward(
-        self, tokens: Tensor, documents: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> TransformerOutput:
         """Predict the token after each position.
 
@@ -96,7 +120,10 @@ class Transformer(nn.Module):
             tokens: (B, S) int64, S at most `model.max_seq_len`.
             documents: (B, S) int64, the number of each token's document, which attention does not look
                 beyond; None: each sequence is one document.
-            cache: of the tokens before these, to which these are added; without gradients and documents.
+            cache: of the tokens before these, to which these are added; without gradients, documents and
+                the reports of the MoE layers.
+            dropout_keys: (B,) int32 of `dropout.dropout_keys`, of which the masks of `model.dropout` are a
+                function in training. None: new masks in each call, from PyTorch's random numbers.
 
         Raises:
             ValueError: the tokens have another shape or type, or are too many.
@@ -107,6 +134,11 @@ class Transformer(nn.Module):
         if tokens.shape[1] > self.max_seq_len:
             raise ValueError(f"{tokens.shape[1]} tokens are more than max_seq_len ({self.max_seq_len})")
         hidden_BSD = self.embedding(tokens)
+        block_keys: list[Tensor | None] = [None] * len(self.blocks)
+        if self.model_config.dropout and self.training:
+            keys_PB = self._keys_of_places(dropout_keys, tokens)
+            hidden_BSD = dropout(hidden_BSD, self.model_config.dropout, keys_PB[0])
+            block_keys = list(keys_PB[1:].split(2))
         if cache is None:
             layer_caches = [None] * len(self.blocks)
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -115,17 +147,26 @@ class Transformer(nn.Module):
             layer_caches, positions, mask = cache.extend(tokens.shape[1])
         rotary = rotary_tables(positions, self.model_config.head_dim, self.model_config.rope_theta)
         reports = []
-        for block, layer_cache in zip(self.blocks, layer_caches, strict=True):
-            if self.activation_checkpointing and self.training:
-                hidden_BSD, aux = checkpoint(block, hidden_BSD, rotary, mask, use_reentrant=False)
+        recomputes = self.activation_checkpointing and self.training
+        for block, layer_cache, keys in zip(self.blocks, layer_caches, block_keys, strict=True):
+            if recomputes:
+                hidden_BSD, aux = checkpoint(
+                    block, hidden_BSD, rotary, mask, dropout_keys=keys, use_reentrant=False
+                )
             else:
-                hidden_BSD, aux = block(hidden_BSD, rotary, mask, layer_cache)
+                hidden_BSD, aux = block(hidden_BSD, rotary, mask, layer_cache, keys)
             if aux is not None:
                 reports.append(aux)
         head = self.embedding.weight if self.head is None else self.head.weight
         logits_BSV = linear(self.final_norm(hidden_BSD), head)
         stacked = MoEAux(*(torch.stack(field) for field in zip(*reports, strict=True))) if reports else None
         return TransformerOutput(logits_BSV, stacked)
+
+    def _keys_of_places(self, keys: Tensor | None, tokens: Tensor) -> Tensor:
+        """The dropout's keys (P, B) of the embedding and of two places in each block."""
+        if keys is None:
+            keys = torch.randint(2**31, tokens.shape[:1], dtype=torch.int32).to(tokens.device)
+        return keys_of_places(keys, 1 + 2 * len(self.blocks))
 
     def new_cache(self, sequences: int) -> KeyValueCache:
         """Room for `max_seq_len` tokens of each of B sequences, for `forward`."""

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from moe.config import Config, ParallelConfig
 from moe.distributed.groups import ParallelGroups, World
-from moe.distributed.launch import choose_device, join, keep_freed_memory, set_timeouts
+from moe.distributed.launch import choose_device, join, keep_freed_memory, set_timeouts, widest_float
 from moe.distributed.topology import Topology
 from moe.model.experts import GroupedExperts
 from moe.model.parameter_roles import family, parameter_roles
@@ -134,9 +134,11 @@ class Engine:
         """The model, its weights in the training precision."""
         return self._deepspeed.module
 
-    def __call__(self, tokens: Tensor, documents: Tensor | None = None) -> TransformerOutput:
+    def __call__(
+        self, tokens: Tensor, documents: Tensor | None = None, dropout_keys: Tensor | None = None
+    ) -> TransformerOutput:
         """Forward pass of the model."""
-        return self._deepspeed(tokens, documents)
+        return self._deepspeed(tokens, documents, dropout_keys=dropout_keys)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro batch; the engine divides by their number."""
@@ -162,13 +164,14 @@ class Engine:
         return self._grad_norms(squares)
 
     def _squares_by_family(self) -> Tensor:
-        """This rank's share of the squared gradient norms, (families,) fp64."""
+        """This rank's share of the squared gradient norms, (families,) of `widest_float`."""
         norms: list[list[Tensor]] = [[torch.zeros((), device=self.world.device)] for _ in _FAMILIES]
         for parameter, gradient in self.training_state.gradients():
             # As exact as fp64 throughout, which would copy every gradient. CUDA's norm goes by pieces itself.
             pieces = [gradient] if gradient.is_cuda else gradient.flatten().split(_NORM_PIECE)
             norms[self._family_of[parameter]] += torch.ops.aten._foreach_norm.Scalar(pieces, 2, torch.float32)
-        return torch.stack([torch.stack(each).double().square().sum() for each in norms])
+        dtype = widest_float(self.world.device)
+        return torch.stack([torch.stack(each).to(dtype).square().sum() for each in norms])
 
     def _grad_norms(self, squares: Tensor) -> GradNorms:
         total, *parts = torch.cat([squares.sum(0, keepdim=True), squares]).sqrt().tolist()
@@ -187,7 +190,8 @@ class Engine:
 
     def from_rank_0(self, values: Tensor) -> Tensor:
         """Overwrite a tensor with rank 0's, in place."""
-        torch.distributed.broadcast(values, src=0)
+        if self.world.size > 1:
+            torch.distributed.broadcast(values, src=0)
         return values
 
 

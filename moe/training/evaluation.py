@@ -10,6 +10,7 @@ from moe.data.batches import read_batches
 from moe.data.samples import spread_starts
 from moe.data.text import Text
 from moe.data.token_cache import TokenizedCorpus
+from moe.distributed.launch import widest_float
 from moe.training.engine import Engine
 
 
@@ -35,7 +36,7 @@ def _evaluate_on(text: Text, prefix: str, engine: Engine, config: Config) -> dic
     wanted = config.train.eval_batches * config.train.global_batch_size
     starts = spread_starts(len(text.tokens), seq_len, wanted)
     per_forward = config.train.micro_batch_size
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    loss_sum = torch.zeros((), dtype=widest_float(world.device), device=world.device)
     engine.module.eval()
     for first in range(0, len(starts), world.size * per_forward):
         # The last batch may leave ranks without samples; they take part all the same, for their experts.

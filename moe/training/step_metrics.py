@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from moe.distributed.launch import widest_float
 from moe.training.loss import TrainingLoss
 
 _ROUTER_METRICS = (
@@ -26,8 +27,9 @@ class StepMeter:
     """
 
     def __init__(self, device: torch.device):
-        self._means = torch.zeros(4, dtype=torch.float64, device=device)  # cross-entropy, balance, z, entropy
-        self._totals = torch.zeros(2, dtype=torch.float64, device=device)  # dropped assignments, bytes sent
+        dtype = widest_float(device)
+        self._means = torch.zeros(4, dtype=dtype, device=device)  # cross-entropy, balance, z, entropy
+        self._totals = torch.zeros(2, dtype=dtype, device=device)  # dropped assignments, bytes sent
         self._counts: Tensor | None = None  # (MoE layers, E) assignments
         self._forwards = 0
 
@@ -53,7 +55,7 @@ class StepMeter:
         lm_loss, balance, z_loss, entropy = (self._means / (self._forwards * num_ranks)).tolist()
         if self._counts is None:
             return {"loss/lm": lm_loss, **dict.fromkeys(_ROUTER_METRICS)}
-        counts_LE, (dropped, sent_bytes) = self._counts.double(), self._totals.tolist()
+        counts_LE, (dropped, sent_bytes) = self._counts.cpu().double(), self._totals.tolist()
         imbalance = float((counts_LE.amax(1) / counts_LE.mean(1)).mean())
         dropped_fraction, dead = dropped / float(counts_LE.sum()), int((counts_LE == 0).sum())
         values = (balance, z_loss, imbalance, dropped_fraction, entropy, dead, int(sent_bytes))

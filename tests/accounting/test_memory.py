@@ -101,6 +101,7 @@ def test_states_are_split_as_zero_splits_them():
 SHAPES = [
     ["moe.num_shared_experts=1", "model.n_kv_heads=2"],
     ["moe.first_dense_layers=2", "model.qk_norm=true"],
+    ["model.dropout=0.1", "moe.num_experts=4"],
     ["moe.num_experts=1", "moe.top_k=1"],
     ["moe.top_k=6", "model.tie_embeddings=true"],
     ["model.d_ff=1024", "moe.every_n_layers=2", "model.head_dim=64"],

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.distributed.distributed_c10d import _world
 
-from moe.config import ConfigError
-from moe.distributed.launch import world_size
+from moe.config import ConfigError, ParallelConfig
+from moe.distributed.launch import choose_device, widest_float, world_size
 from moe.training.engine import start
 from tests.support.engines import batches, loss_of, make_config, make_engine
 from tests.support.ranks import run_ranks
@@ -22,6 +22,47 @@ def test_half_a_launchers_environment_is_refused(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("MASTER_PORT", "1234")
     assert world_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("seen", "asked", "expected"),
+    [
+        ("cuda", "auto", "cuda:1"), ("cuda", "cuda", "cuda:1"), ("cuda", "cpu", "cpu"),
+        ("xpu", "auto", "cpu"), ("xpu", "xpu", "xpu:1"),
+        (None, "auto", "cpu"), (None, "cpu", "cpu"),
+    ],
+)  # fmt: skip
+def test_a_process_has_the_device_of_its_place_on_the_node(monkeypatch, seen, asked, expected):
+    has_devices(monkeypatch, seen, count=2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device(ParallelConfig(device=asked)) == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("seen", "asked", "place", "message"),
+    [
+        (None, "cuda", "0", "parallel.device: torch sees no CUDA device; set it to cpu or auto"),
+        ("cuda", "mps", "0", "parallel.device: torch sees no MPS device; set it to cpu or auto"),
+        ("xpu", "xpu", "2", "parallel.device: process 2 of this node has none of its 2 XPU devices"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(monkeypatch, seen, asked, place, message):
+    has_devices(monkeypatch, seen, count=2)
+    monkeypatch.setenv("LOCAL_RANK", place)
+    with pytest.raises(ConfigError) as refused:
+        choose_device(ParallelConfig(device=asked))
+    assert str(refused.value).startswith(message)
+
+
+def has_devices(monkeypatch, kind, count):
+    seen = None if kind is None else torch.device(kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: seen)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+
+
+def test_sums_are_in_fp64_where_the_device_has_it():
+    assert widest_float(torch.device("cpu")) == widest_float(torch.device("cuda")) == torch.float64
+    assert widest_float(torch.device("mps")) == torch.float32
 
 
 def timeouts_of_all_groups():

@@ -5,12 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe.dispatch import permutation as permutations
 from moe.dispatch.capacity import plan_with_capacity
 from moe.dispatch.permutation import Permutation, count_assignments, plan_permutation, plan_routed
-from moe.model import activation
+from moe.model import activation, products
 from moe.model.grouped_swiglu import ExpertPath, choose_expert_path, grouped_swiglu, swiglu
 
 # Of the L2 norm of a tensor: a few roundings for each of its elements.
@@ -204,16 +203,19 @@ def test_an_expanded_gradient_is_accepted():
         ("cuda", torch.float32, (128, 256), 2, "loop"),
     ],
 )
-def test_the_path_fits_device_dtype_widths_and_rows(device, dtype, widths, rows, path):
+def test_the_path_fits_device_dtype_widths_and_rows(monkeypatch, device, dtype, widths, rows, path):
+    monkeypatch.setattr(products, "PREFERS_ONEDNN", True)
     assert torch.get_num_threads() == 1
-    with FakeTensorMode():
-        weight = torch.empty(2, *widths, dtype=dtype, device=device)
-    assert choose_expert_path((weight, weight, weight.transpose(1, 2)), rows) == path
+    assert choose_expert_path((2, *widths), dtype, torch.device(device), rows) == path
+
+
+def test_without_onednns_products_one_grouped_product_is_faster_than_many(monkeypatch):
+    monkeypatch.setattr(products, "PREFERS_ONEDNN", False)
+    assert choose_expert_path((2, 128, 256), torch.float32, torch.device("cpu"), 2**20) == "grouped_mm"
 
 
 @pytest.mark.parametrize(("num_experts", "path"), [(1024, "grouped_mm"), (1025, "loop")])
 def test_a_gpu_gets_no_more_groups_than_its_grouped_gemm_takes(num_experts, path):
     """CUTLASS in torch 2.11 says "Can't process more than 1024 groups"."""
-    with FakeTensorMode():
-        weight = torch.empty(num_experts, 16, 16, dtype=torch.bfloat16, device="cuda")
-    assert choose_expert_path((weight, weight, weight), 2048) == path
+    shape, gpu = (num_experts, 16, 16), torch.device("cuda")
+    assert choose_expert_path(shape, torch.bfloat16, gpu, 2048) == path

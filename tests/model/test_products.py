@@ -8,6 +8,14 @@ from moe.model import products
 from moe.model.products import DENSE, Linear, linear
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-14}
+
+
+@pytest.fixture(params=["onednn", "pytorchs"] if products._onednn else ["pytorchs"])
+def library(monkeypatch, request):
+    """The library that multiplies in fp32, whichever is faster on this machine."""
+    monkeypatch.setattr(products, "PREFERS_ONEDNN", request.param == "onednn")
+
+
 SHAPES = [(1, 1, 1), (2, 7, 3), (5, 3, 7), (64, 128, 256), (33, 256, 128), (9, 24, 24)]
 
 
@@ -18,7 +26,7 @@ def assert_close(got, wanted):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("rows", "inner", "outer"), SHAPES)
-def test_the_three_products_are_those_of_a_linear_map(dtype, rows, inner, outer):
+def test_the_three_products_are_those_of_a_linear_map(library, dtype, rows, inner, outer):
     torch.manual_seed(0)
     x, weight, y_grad = (torch.randn(s).to(dtype) for s in ((rows, inner), (inner, outer), (rows, outer)))
     assert_close(DENSE.output(x, weight), x.double() @ weight.double())
@@ -36,7 +44,7 @@ def test_the_three_products_are_those_of_a_linear_map(dtype, rows, inner, outer)
 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6), (2, 0, 6), (0, 6)])
 @pytest.mark.parametrize("grad", ["dense", "expanded", "transposed"])
-def test_linear_equals_pytorchs_with_every_gradient(shape, grad):
+def test_linear_equals_pytorchs_with_every_gradient(library, shape, grad):
     torch.manual_seed(0)
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(5, 6, requires_grad=True)
     output = linear(x, weight)
@@ -53,7 +61,7 @@ def test_linear_equals_pytorchs_with_every_gradient(shape, grad):
         assert_close(mine, theirs)
 
 
-def test_a_module_keeps_the_weight_of_pytorchs_and_has_no_bias():
+def test_a_module_keeps_the_weight_of_pytorchs_and_has_no_bias(library):
     module = Linear(6, 5)
     assert {name: tuple(weight.shape) for name, weight in module.named_parameters()} == {"weight": (5, 6)}
     x = torch.randn(2, 3, 6)
@@ -61,7 +69,7 @@ def test_a_module_keeps_the_weight_of_pytorchs_and_has_no_bias():
 
 
 def test_without_onednn_the_products_are_pytorchs(monkeypatch):
-    monkeypatch.setattr(products, "_onednn", None)
+    monkeypatch.setattr(products, "PREFERS_ONEDNN", False)
     x, weight = torch.randn(4, 6), torch.randn(5, 6)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
     assert torch.equal(DENSE.weight_grad(x, x, None), x.T @ x)

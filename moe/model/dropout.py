@@ -1,0 +1,68 @@
+"""Dropout whose masks follow from the sample and the place in the model alone.
+
+PyTorch draws masks one after the other, so that they depend on how a batch is split over ranks and micro
+batches, and on what was drawn before. Here each element has a number of its own, as in a counter-based
+generator (Salmon et al. 2011), and topology, micro batch, recomputation and resuming change nothing.
+
+Shape suffixes: B samples, S positions, D d_model, P places in the model.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def dropout_keys(seed: int, step: int, samples: Sequence[int]) -> Tensor:
+    """What the masks of each sample follow from.
+
+    Args:
+        seed: `run.seed`.
+        step: of the optimizer, so that a sample has other masks in the next epoch.
+        samples: B numbers, such as the places in the text where the samples start.
+
+    Returns:
+        (B,) int32.
+    """
+    keys = [np.random.SeedSequence([seed, step, sample]).generate_state(1)[0] for sample in samples]
+    return torch.from_numpy(np.array(keys, dtype=np.uint32).view(np.int32))
+
+
+def keys_of_places(keys: Tensor, places: int) -> Tensor:
+    """A key for each sample and each of P places in the model: (P, B) int32, of (B,)."""
+    return _mix(_mix(_numbers(places, keys.device))[:, None] + keys)
+
+
+def dropout(hidden: Tensor, rate: float, keys: Tensor) -> Tensor:
+    """Set each element to 0 with probability `rate`, and divide the others by `1 - rate`.
+
+    Args:
+        hidden: (B, S, D), any float type.
+        rate: at least 0 and below 1.
+        keys: (B,) int32, of one place.
+
+    Returns:
+        (B, S, D), same dtype.
+    """
+    elements_SD = _mix(_numbers(hidden.shape[1:].numel(), hidden.device)).view(hidden.shape[1:])
+    uniform_BSD = _mix(elements_SD + keys[:, None, None])
+    lowest_kept = min(round(rate * 2**32), 2**32 - 1) - 2**31
+    return torch.where(uniform_BSD >= lowest_kept, hidden / (1 - rate), 0)
+
+
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=device)
+
+
+def _mix(numbers: Tensor) -> Tensor:
+    """A one-to-one hash of int32, whose products overflow.
+
+    Wellons 2018, "Prospecting for hash functions", with the constants of lowest bias found for it since.
+    """
+    mixed = numbers ^ (numbers >> 16 & 0xFFFF)
+    mixed *= 0x21F0AAAD
+    mixed ^= mixed >> 15 & 0x1FFFF
+    mixed *= 0x735A2D97
+    mixed ^= mixed >> 15 & 0x1FFFF
+    return mixed
