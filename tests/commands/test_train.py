@@ -185,12 +185,12 @@ def test_the_collapse_metrics_fire_where_the_balance_loss_is_blind(run_main, mon
     assert line["moe/dead_experts"] == 2 * 2  # in each of two layers
 
 
-def test_the_samples_that_are_read_do_not_depend_on_the_micro_batch(run_main, monkeypatch):
+def test_the_samples_of_each_step_do_not_depend_on_the_micro_batch(run_main, monkeypatch):
     real, seen = train.read_batches, []
 
-    def read_and_note(config, text, starts, device):
-        seen.extend(starts.tolist())
-        return real(config, text, starts, device)
+    def read_and_note(config, text, starts, device, step):
+        seen.extend((step, start) for start in starts.tolist())
+        return real(config, text, starts, device, step)
 
     monkeypatch.setattr(train, "read_batches", read_and_note)
     orders = []
@@ -199,4 +199,4 @@ def test_the_samples_that_are_read_do_not_depend_on_the_micro_batch(run_main, mo
         run_main(f"train.micro_batch_size={micro}", folder=f"micro{micro}")
         orders.append(list(seen))
     assert orders[0] == orders[1] == orders[2]
-    assert len(orders[0]) == 12 * 4
+    assert [step for step, _ in orders[0]] == [step for step in range(12) for _ in range(4)]
