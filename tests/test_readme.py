@@ -53,6 +53,7 @@ def workplace(tmp_path_factory, text_file: Path) -> Path:
     (folder / "notes" / "a.txt").write_text(text_file.read_text())
     records = "".join(f'{{"body": "note {i}: {"word " * 60}"}}\n' for i in range(300))
     (folder / "notes" / "all.jsonl").write_text(records)
+    (folder / "topics.txt").write_text(text_file.read_text())
     shutil.copytree(ROOT / "configs", folder / "configs")
     return folder
 
