@@ -42,7 +42,7 @@ def test_the_first_update_is_adamw_on_the_documented_loss(run_main):
     code, run, _, _ = run_main(
         "train.steps=1", "optim.warmup_steps=0", f"optim.lr={LR}", f"optim.grad_clip={CLIP}",
         f"moe.aux_loss_coef={AUX}", f"moe.z_loss_coef={Z}", f"optim.weight_decay={DECAY}",
-        f"train.global_batch_size={SAMPLES}", "train.micro_batch_size=2",
+        f"train.global_batch_size={SAMPLES}", "train.micro_batch_size=2", "model.dropout=0.0",
     )  # fmt: skip
     assert code == 0
     config = parse_config(yaml.safe_load((run / "config.yaml").read_text()))
