@@ -56,9 +56,9 @@ def _numbers(count: int, device: torch.device) -> Tensor:
 
 
 def _mix(numbers: Tensor) -> Tensor:
-    """A one-to-one hash of int32, whose products overflow.
+    """A one-to-one hash of int32, whose products overflow: the last steps of splitmix32.
 
-    Wellons 2018, "Prospecting for hash functions", with the constants of lowest bias found for it since.
+    Its shifts and factors come from a search for unbiased ones (github.com/skeeto/hash-prospector).
     """
     mixed = numbers ^ (numbers >> 16 & 0xFFFF)
     mixed *= 0x21F0AAAD

@@ -96,7 +96,7 @@ class MoELayer(nn.Module):
 
         Args:
             hidden: (B, S, D), any float type.
-            with_report: generating a token needs none, and it takes a third of the layer's time.
+            with_report: generating text needs none.
 
         Returns:
             (B, S, D) of the same dtype, and the report if it is wanted.

@@ -24,7 +24,7 @@ def mixed(number):
 
 
 def mask_of(rate, seed, step, sample, place, shape=(5, 8)):
-    """1 where an element is kept; the rate is a half or less."""
+    """(S, D) bool: whether an element is kept."""
     keys = keys_of_places(dropout_keys(seed, step, [sample]), place + 1)[place]
     return dropout(torch.ones(1, *shape), rate, keys)[0].ne(0)
 
@@ -33,8 +33,8 @@ def test_the_masks_are_those_of_the_hash_in_whole_numbers():
     keys = torch.tensor([17, -5], dtype=torch.int32)
     kept = dropout(torch.ones(2, 3, 4), 0.3, keys) != 0
     for sample, key in enumerate(keys.tolist()):
-        signed = [mixed((mixed(element) + key) % 2**32) for element in range(12)]
-        uniform = [(number + 2**31) % 2**32 for number in signed]  # int32 compares as signed
+        hashes = [mixed((mixed(element) + key) % 2**32) for element in range(12)]
+        uniform = [(number + 2**31) % 2**32 for number in hashes]  # as int32 are ordered
         assert kept[sample].flatten().tolist() == [number >= 0.3 * 2**32 for number in uniform]
 
 
@@ -64,7 +64,7 @@ def test_only_kept_elements_have_a_gradient():
 
 
 def test_masks_of_other_seeds_steps_samples_and_places_are_unrelated():
-    """The shares of two masks' agreement, for rate 1/2: a half, within 4.5 standard deviations."""
+    """At rate 1/2 two of them agree on half of the elements, within 4.5 standard deviations."""
     cases = itertools.product((0, 1), (0, 1), (0, 1, 64), (0, 1, 2))
     masks = torch.stack([mask_of(0.5, *case, shape=(64, 64)) for case in cases]).flatten(1)
     agreement = (masks[:, None] == masks[None]).float().mean(2)

@@ -209,7 +209,7 @@ def test_the_path_fits_device_dtype_widths_and_rows(monkeypatch, device, dtype, 
     assert choose_expert_path((2, *widths), dtype, torch.device(device), rows) == path
 
 
-def test_without_onednns_products_one_grouped_product_is_faster_than_many(monkeypatch):
+def test_without_onednns_products_all_experts_go_into_one_grouped_product(monkeypatch):
     monkeypatch.setattr(products, "PREFERS_ONEDNN", False)
     assert choose_expert_path((2, 128, 256), torch.float32, torch.device("cpu"), 2**20) == "grouped_mm"
 

@@ -8,15 +8,13 @@ from moe.model import products
 from moe.model.products import DENSE, Linear, linear
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-14}
+SHAPES = [(1, 1, 1), (2, 7, 3), (5, 3, 7), (64, 128, 256), (33, 256, 128), (9, 24, 24)]
 
 
 @pytest.fixture(params=["onednn", "pytorchs"] if products._onednn else ["pytorchs"])
 def library(monkeypatch, request):
-    """The library that multiplies in fp32, whichever is faster on this machine."""
+    """Each library that can multiply in fp32, whichever one this machine would choose."""
     monkeypatch.setattr(products, "PREFERS_ONEDNN", request.param == "onednn")
-
-
-SHAPES = [(1, 1, 1), (2, 7, 3), (5, 3, 7), (64, 128, 256), (33, 256, 128), (9, 24, 24)]
 
 
 def assert_close(got, wanted):
