@@ -82,9 +82,8 @@ def run(words: list[str], timeout: int = 120) -> str:
 
 
 def check_train(words: list[str], shrink: list[str]) -> None:
-    arguments = [
-        word for word in words[2:] if not word.startswith("train.steps=")
-    ]  # minutes become two steps
+    minutes = ("train.steps=", "optim.warmup_steps=")  # become two steps
+    arguments = [word for word in words[2:] if not word.startswith(minutes)]
     if "--help" in arguments:
         assert train.main(arguments) == 0
         return

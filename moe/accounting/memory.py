@@ -1,8 +1,9 @@
 """Peak memory of one rank, from the configuration alone.
 
-The peak is either in the forward and backward pass, with the activations, or in the update, with its copy of
-the gradients. Python, the libraries and freed memory that stays with the process are not included, nor what
-oneDNN keeps on a CPU for every number of rows that it has met: half a MiB each, by default at most 1,024.
+The peak is either in the forward and backward pass, with the activations, or in the update, with two copies
+of the shard's gradients. Python, the libraries and freed memory that stays with the process are not included,
+nor what oneDNN keeps on a CPU for every number of rows that it has met: half a MiB each, by default at most
+1,024.
 """
 
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ class Memory:
     temporary: int  # what the backward pass of one feed-forward block takes for itself
     dispatch: int  # rows sent to the experts of one layer and back; 0 if the experts are not split over ranks
     loss: int  # log-softmax of the logits, and the gradients of both; the logits themselves are gone by then
-    update: int  # AdamW's copy of the gradients, made after the activations are freed
+    update: int  # gradients of the rank's shard, all that is left by then, and AdamW's fp32 copy of them
     accumulates: bool  # whether gradients of earlier micro batches exist during a forward pass
 
     @property
@@ -41,7 +42,7 @@ class Memory:
             max(self.activations + earlier, self.gradients) + self.recomputed + self.temporary + self.dispatch
         )
         always = self.weights + self.optimizer + self.bucket
-        return always + max(loss, backward, self.gradients + self.update)
+        return always + max(loss, backward, self.update)
 
     def by_part(self) -> dict[str, int]:
         """Bytes by part. Their sum exceeds `peak`, because the parts do not all exist at the same time."""
@@ -76,7 +77,7 @@ def estimate_memory(config: Config, world_size: int, device: str) -> Memory:
         temporary=tokens * max(_temporary(config, layer, device) for layer in range(model.n_layers)),
         dispatch=int(tokens * 2 * rows_per_token(config) * model.d_model * width),
         loss=tokens * config.vocab_size * 3 * FP32,
-        update=share * FP32,
+        update=share * (FP32 + (FP32 if parallel.zero_stage == 2 else width)),
         accumulates=config.accumulation_steps(world_size) > 1,
     )
 
