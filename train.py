@@ -49,7 +49,7 @@ from moe.runs.environment import check_installed, compile_failure, describe_envi
 from moe.runs.loss_plot import plot_losses
 from moe.runs.metrics_log import read_metrics
 from moe.runs.progress import Progress
-from moe.runs.resuming import all_damaged, open_run, with_recorded_revisions
+from moe.runs.resuming import all_damaged, check_continues, open_run, with_recorded_revisions
 from moe.runs.run_folder import RunFolder
 from moe.runs.summary import overfitting, overview, summarize
 from moe.training.engine import Engine, start
@@ -67,33 +67,37 @@ def train(config: Config) -> int:
         The exit code: 0 when all steps are done, 130 when a signal stopped the run after a checkpoint.
     """
     run = prepare(config)
-    checkpoint, steps = find_checkpoint(run), config.train.steps
-    if checkpoint is not None and checkpoint.step == steps and run.is_finished:
-        run.world.print(f"{run.folder.path} is finished; raise train.steps or set another run.name")
+    with run.folder.in_use():
+        check_continues(config, run.folder)  # once more, as another process may have trained meanwhile
+        checkpoint, steps = find_checkpoint(run), config.train.steps
+        finished = on_all_ranks(run.folder.summary.exists)[0]
+        if checkpoint is not None and checkpoint.step == steps and finished:
+            run.world.print(f"{run.folder.path} is finished; raise train.steps or set another run.name")
+            return DONE
+        engine = build(run)
+        if checkpoint is not None:
+            resume(run, engine, checkpoint)
+        open_folder(run)
+        done, stopping = run.first_step, False
+        with Progress(run.config, run.folder, run.world, run.first_step) as progress, StopRequest() as stop:
+            run.started = time.perf_counter()
+            while done < steps and not stopping:
+                metrics = train_step(run, engine, done)
+                progress.step(metrics)
+                done = metrics["step"]
+                if done % config.train.eval_interval == 0 or done == steps:
+                    evaluation = evaluate(engine, run.corpus, run.config)
+                    check_finite(evaluation, "eval/loss", done)
+                    progress.evaluation({"step": done, "tokens": metrics["tokens"]} | evaluation)
+                stopping = engine.any_rank(stop.made) and done < steps
+                if done % config.train.checkpoint_interval == 0 or done == steps or stopping:
+                    save(run, engine, done)
+        if stopping:
+            again = "run the same command again to resume"
+            run.world.print(f"stopped and saved at step {done} of {steps}; {again}")
+            return INTERRUPTED
+        finish(run, engine)
         return DONE
-    engine = build(run)
-    if checkpoint is not None:
-        resume(run, engine, checkpoint)
-    open_folder(run)
-    done, stopping = run.first_step, False
-    with Progress(run.config, run.folder, run.world, run.first_step) as progress, StopRequest() as stop:
-        run.started = time.perf_counter()
-        while done < steps and not stopping:
-            metrics = train_step(run, engine, done)
-            progress.step(metrics)
-            done = metrics["step"]
-            if done % config.train.eval_interval == 0 or done == steps:
-                evaluation = evaluate(engine, run.corpus, run.config)
-                check_finite(evaluation, "eval/loss", done)
-                progress.evaluation({"step": done, "tokens": metrics["tokens"]} | evaluation)
-            stopping = engine.any_rank(stop.made) and done < steps
-            if done % config.train.checkpoint_interval == 0 or done == steps or stopping:
-                save(run, engine, done)
-    if stopping:
-        run.world.print(f"stopped and saved at step {done} of {steps}; run the same command again to resume")
-        return INTERRUPTED
-    finish(run, engine)
-    return DONE
 
 
 @dataclass
@@ -104,7 +108,6 @@ class Run:
     folder: RunFolder
     corpus: TokenizedCorpus
     world: World
-    is_finished: bool  # whether the folder has the results of a finished run
     first_step: int = 0  # steps that were done before, by the run that this one continues
     wall_s: float = 0.0  # seconds that they took
     device_s: float = 0.0  # the same, times the devices of each part
@@ -131,7 +134,7 @@ def prepare(config: Config) -> Run:
     config = changed(config, corpus.revisions).resolve(vocabulary_size(corpus.tokenizer))
     world = start(config.parallel)
     check_same_on_all_ranks(config, corpus)
-    return Run(config, folder, corpus, world, is_finished=on_all_ranks(folder.summary.exists)[0])
+    return Run(config, folder, corpus, world)
 
 
 def find_checkpoint(run: Run) -> Checkpoint | None:
@@ -273,6 +276,8 @@ def main(arguments: list[str]) -> int:
         return DONE
     try:
         return train(config)
+    except BrokenPipeError:
+        raise
     except (RuntimeError, OSError) as error:
         problem = compile_failure(error, RunFolder(Path(config.run.dir)))
         problem = problem or (why_lost(error) if isinstance(error, RuntimeError) else str(error))

@@ -1,7 +1,6 @@
 """What a run shows and records while it trains: a progress bar or lines of text, and `metrics.jsonl`."""
 
 import time
-from contextlib import ExitStack
 from typing import Any
 
 from tqdm import tqdm
@@ -25,10 +24,8 @@ class Progress:
     def __init__(self, config: Config, folder: RunFolder, world: World, first_step: int):
         self._steps, self._interval = config.train.steps, config.log.interval
         self._first_step, self._started = first_step, time.perf_counter()
-        self._folder, self._stack, self._log = folder, ExitStack(), None
-        if world.rank == 0:
-            self._stack.enter_context(folder.in_use())
-            self._log = MetricsLog(folder.metrics, first_step, config)
+        self._folder = folder
+        self._log = MetricsLog(folder.metrics, first_step, config) if world.rank == 0 else None
         disable = None if world.rank == 0 else True  # None: shown on a terminal only
         self._bar = tqdm(total=self._steps, initial=first_step, unit="step", disable=disable, leave=False)
 
@@ -39,9 +36,8 @@ class Progress:
         self._bar.close()
         if self._log is not None:
             self._log.close()
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and not isinstance(error, BrokenPipeError):
                 self._folder.failure.write_text(f"{first_line(error)}\n", encoding="utf-8")
-        self._stack.close()
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Show a step, and record it where `log.interval` says so."""

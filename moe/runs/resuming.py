@@ -20,17 +20,27 @@ from moe.runs.run_folder import RunFolder
 def open_run(config: Config) -> RunFolder:
     """Look at the run's folder, writing nothing.
 
-    Of checkpoints, only the manifests are read here; `newest_checkpoint` checks the content.
-
     Raises:
-        ConfigError: the folder cannot hold this run, or holds another one.
+        ConfigError: the folder cannot hold this run, holds another one, or is being trained.
     """
     folder = RunFolder(Path(config.run.dir).expanduser())
     _check_usable(folder)
-    if folder.config.exists() and config.run.resume == "never":
-        raise ConfigError("run.resume", f"never, but {folder.path} holds a run; choose another run.name")
     if folder.is_in_use():
         raise folder.in_use_error()
+    check_continues(config, folder)
+    return folder
+
+
+def check_continues(config: Config, folder: RunFolder) -> None:
+    """Refuse a configuration that cannot continue what the folder holds.
+
+    Of checkpoints, only the manifests are read here; `newest_checkpoint` checks the content.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if folder.config.exists() and config.run.resume == "never":
+        raise ConfigError("run.resume", f"never, but {folder.path} holds a run; choose another run.name")
     checkpoint, warnings = newest_checkpoint(folder.checkpoints, check_content=False)
     if checkpoint is None and warnings:
         raise all_damaged(warnings)
@@ -44,7 +54,6 @@ def open_run(config: Config) -> RunFolder:
         if checkpoint.step > config.train.steps:
             problem = f"{config.train.steps}, but the run is already at step {checkpoint.step}"
             raise ConfigError("train.steps", f"{problem}; raise it or choose another run.name")
-    return folder
 
 
 def with_recorded_revisions(config: Config, folder: RunFolder) -> Config:
@@ -74,7 +83,7 @@ def all_damaged(warnings: list[str]) -> ConfigError:
 def _check_usable(folder: RunFolder) -> None:
     path = folder.path
     if path.is_dir():
-        if any(path.iterdir()) and not _is_run(folder):
+        if not folder.is_empty() and not _is_run(folder):
             raise ConfigError("run.dir", f"{path} holds other files and no run; choose a new folder")
     elif path.exists():
         raise ConfigError("run.dir", f"{path} is a file; choose a folder")

@@ -10,6 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from moe.config import Config, ConfigError, dump_config
+from moe.distributed.agreement import on_all_ranks, rank_and_size
 
 
 class RunFolder:
@@ -35,16 +36,30 @@ class RunFolder:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Lock the folder while this process trains. The system removes the lock when the process ends.
+        """Lock the folder while these ranks train. The system removes the lock when rank 0 ends.
+
+        What was read of the folder before may be outdated: another process may have trained meanwhile.
 
         Raises:
             ConfigError: another process trains.
         """
+        lock = FileLock(self._lock)
+
+        def acquire() -> bool:
+            if rank_and_size()[0] == 0:
+                self.path.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock.acquire(timeout=5)  # not at once, since `is_in_use` locks for a moment
+                except Timeout:
+                    return False
+            return True
+
+        if not all(on_all_ranks(acquire)):
+            raise self.in_use_error()
         try:
-            with FileLock(self._lock).acquire(timeout=5):  # not at once, since `is_in_use` locks for a moment
-                yield
-        except Timeout:
-            raise self.in_use_error() from None
+            yield
+        finally:
+            lock.release()
 
     def is_in_use(self) -> bool:
         """Whether a process trains, on this machine or on another one that shares the folder."""
@@ -56,6 +71,10 @@ class RunFolder:
             except BlockingIOError:
                 return True
         return False
+
+    def is_empty(self) -> bool:
+        """Whether nothing is in it but a lock, which a run that never began leaves behind."""
+        return not self.path.exists() or not set(self.path.iterdir()) - {self._lock}
 
     def in_use_error(self) -> ConfigError:
         """The error for a second process that would train."""

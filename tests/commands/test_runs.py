@@ -1,5 +1,8 @@
 """scripts/runs.py: a table of runs, and their curves."""
 
+import errno
+import io
+import os
 import subprocess
 import sys
 import time
@@ -7,6 +10,7 @@ import time
 import pytest
 from PIL import Image
 
+import train
 from moe.runs.run_folder import RunFolder
 from scripts.runs import main
 from tests.support.commands import assert_refused
@@ -114,3 +118,41 @@ def test_a_picture_that_cannot_be_written_is_refused_in_one_line(run_main, capsy
     for name in ("nowhere/a.png", "a.nothing"):
         assert main([str(run), "--plot", str(tmp_path / name)]) == 2
         assert capsys.readouterr().err.startswith(f"error: --plot: cannot write {tmp_path / name} (")
+
+
+@pytest.mark.parametrize("second", [[], ["run.seed=5"]], ids=["same", "different"])
+def test_a_process_that_gets_the_lock_late_looks_at_the_folder_again(run_main, monkeypatch, second):
+    """Both find the folder empty; the later one gets the lock when the other is done."""
+    prepare, runs = train.prepare, []
+
+    def prepared_before_another_run(config):
+        monkeypatch.setattr(train, "prepare", prepare)
+        run = prepare(config)
+        runs.append(run_main())
+        return run
+
+    monkeypatch.setattr(train, "prepare", prepared_before_another_run)
+    code, run, out, error = run_main(*second)
+    assert runs[0][0] == 0
+    if second:
+        assert code == 2
+        assert error.startswith("error: run.seed: differs from the run in ")
+    else:
+        assert (code, out) == (0, f"{run} is finished; raise train.steps or set another run.name\n")
+
+
+def test_a_reader_of_the_log_that_goes_away_ends_a_run_and_does_not_fail_it(run_main, rows, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            if text.startswith("step 2/"):
+                raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+            return super().write(text)
+
+        def fileno(self):
+            return os.open(os.devnull, os.O_WRONLY)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Closed())
+        code, run, _, error = run_main("train.checkpoint_interval=1")
+    assert (code, error) == (141, "")
+    assert rows(run)[0].split()[1] == "stopped,"
