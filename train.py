@@ -28,6 +28,7 @@ if __name__ == "__main__":
 
 from moe.accounting.counts import count_parameters
 from moe.accounting.gpus import find_gpu
+from moe.checkpoint.manifest import Info
 from moe.checkpoint.reading import Checkpoint, newest_checkpoint
 from moe.checkpoint.saving import save_checkpoint, set_aside_newer
 from moe.config import Config, ConfigError, RunError, changed
@@ -87,7 +88,7 @@ def train(config: Config) -> int:
                 done = metrics["step"]
                 if done % config.train.eval_interval == 0 or done == steps:
                     evaluation = evaluate(engine, run.corpus, run.config)
-                    check_finite(evaluation, "eval/loss", done)
+                    check_finite(evaluation["eval/loss"], done)
                     progress.evaluation({"step": done, "tokens": metrics["tokens"]} | evaluation)
                 stopping = engine.any_rank(stop.made) and done < steps
                 if done % config.train.checkpoint_interval == 0 or done == steps or stopping:
@@ -111,6 +112,8 @@ class Run:
     first_step: int = 0  # steps that were done before, by the run that this one continues
     wall_s: float = 0.0  # seconds that they took
     device_s: float = 0.0  # the same, times the devices of each part
+    skipped: int = 0  # steps without an update
+    skipped_in_a_row: int = 0  # of these, the last ones
     started: float = 0.0  # when the first step of this process began, by time.perf_counter()
 
     def __post_init__(self) -> None:
@@ -142,7 +145,7 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
     checkpoint, warnings = newest_checkpoint(run.folder.checkpoints)
     if checkpoint is None and warnings:
         raise all_damaged(warnings)
-    if checkpoint is not None and checkpoint.info["data_fingerprint"] != run.corpus.fingerprint:
+    if checkpoint is not None and checkpoint.info.data_fingerprint != run.corpus.fingerprint:
         problem = f"the text or its tokens changed since {checkpoint.path} was saved"
         raise ConfigError("data.source", f"{problem}; restore it, or choose another run.name")
     for warning in warnings:
@@ -168,7 +171,9 @@ def resume(run: Run, engine: Engine, checkpoint: Checkpoint) -> None:
     on_all_ranks(lambda: engine.training_state.load(checkpoint))
     checkpoint.close()
     run.first_step = checkpoint.step
-    run.wall_s, run.device_s = checkpoint.info["wall_s"], checkpoint.info["device_s"]
+    info = checkpoint.info
+    run.wall_s, run.device_s, run.skipped = info.wall_s, info.device_s, info.skipped_steps
+    engine.update_guard.load(info.recent_norms)
     run.world.print(f"resumed from {checkpoint.path}")
 
 
@@ -185,9 +190,13 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     """One optimizer step: forward and backward over this rank's micro batches, then the update.
 
     Returns:
-        The line of `metrics.jsonl`.
+        The line of `metrics.jsonl`; without an update, only how far the run is.
     """
-    started, config, world = time.perf_counter(), run.config, run.world
+    started, config, world, done = time.perf_counter(), run.config, run.world, step + 1
+    metrics = {"step": done, "tokens": done * config.train.global_batch_size * config.data.seq_len}
+    if done in config.train.skip_steps:
+        run.skipped += 1
+        return metrics
     micro, lr = config.train.micro_batch_size, learning_rate(config, step)
     starts = samples_of_step(config, run.corpus.train, step)
     starts_here = starts.reshape(-1, world.size, micro)[:, world.rank].flatten()
@@ -201,13 +210,28 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     assert norms is not None, "no optimizer step after the last micro batch"
     for sums in meter.tensors():
         engine.sum_over_ranks(sums)
-    done = step + 1
-    metrics = {"step": done, "tokens": done * len(starts) * config.data.seq_len} | meter.read(world.size)
-    metrics |= {"optim/lr": lr, "optim/grad_norm": norms.total}
+    if norms.skipped:
+        count_skipped(run, done, norms.total)
+        return metrics
+    run.skipped_in_a_row = 0
+    metrics |= meter.read(world.size)
+    metrics |= {"optim/lr": lr, "optim/skipped_steps": run.skipped, "optim/grad_norm": norms.total}
     metrics |= {f"optim/grad_norm/{family}": norm for family, norm in norms.families().items()}
-    check_finite(metrics, "loss/lm", done)
-    check_finite(metrics, "optim/grad_norm", done)
     return metrics | speed(run, time.perf_counter() - started)
+
+
+def count_skipped(run: Run, done: int, norm: float) -> None:
+    """Report an update that was skipped; too many in a row end the run."""
+    run.skipped += 1
+    run.skipped_in_a_row += 1
+    run.world.print(
+        f"warning: step {done}: update skipped, as its gradient norm is {norm:.4g}", file=sys.stderr
+    )
+    if run.skipped_in_a_row > run.config.optim.max_skips:
+        raise RunError(
+            f"step {done}: {run.skipped_in_a_row} updates in a row were skipped; start a new run with a lower"
+            " optim.lr, or go on from the last checkpoint with these steps in train.skip_steps"
+        )
 
 
 def speed(run: Run, seconds: float) -> dict[str, float | None]:
@@ -225,7 +249,12 @@ def save(run: Run, engine: Engine, done: int) -> None:
         done,
         engine.training_state.fragments(),
         run.config.model_dump(mode="json"),
-        {"data_fingerprint": run.corpus.fingerprint} | run.spent(),
+        Info(
+            data_fingerprint=run.corpus.fingerprint,
+            **run.spent(),
+            skipped_steps=run.skipped,
+            recent_norms=engine.update_guard.recent_norms,
+        ),
         run.config.train.keep_checkpoints,
     )
 
@@ -259,12 +288,12 @@ def check_same_on_all_ranks(config: Config, corpus: TokenizedCorpus) -> None:
         raise ConfigError("data.source", f"{problem}; start all with the same files and arguments")
 
 
-def check_finite(metrics: dict[str, Any], key: str, step: int) -> None:
-    """Stop the run before a loss or norm that is not finite reaches a checkpoint."""
-    if metrics[key] is None or not math.isfinite(metrics[key]):
+def check_finite(loss: float, done: int) -> None:
+    """Stop the run before a checkpoint is saved whose validation loss is not finite."""
+    if not math.isfinite(loss):
         raise RunError(
-            f"step {step}: {key} is {metrics[key]}; nothing of this step was saved, earlier checkpoints can "
-            "be loaded. Start a new run with a lower optim.lr or optim.grad_clip"
+            f"step {done}: eval/loss is {loss}; nothing of this step was saved, earlier checkpoints can be "
+            "loaded. Start a new run with a lower optim.lr or optim.grad_clip"
         )
 
 

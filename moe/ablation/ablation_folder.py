@@ -50,7 +50,7 @@ class AblationFolder:
         for cell in (cell for cell in cells if cell.name in planned):
             old = flat_config(parse_config(planned[cell.name]["config"]))
             for key, value in flat_config(cell.config).items():
-                if sets_results(key) and not key.startswith("run.") and old[key] != value:
+                if sets_results(key, cell.config) and not key.startswith("run.") and old[key] != value:
                     problem = f"{cell.name} has {key} {spelled(old[key])} there, not {spelled(value)}"
                     raise ConfigError("--out", f"{self.path}: {problem}; choose another folder")
 

@@ -43,7 +43,7 @@ class Run:
         return {
             key: value
             for key, value in flat_config(self.config).items()
-            if sets_results(key)
+            if sets_results(key, self.config)
             and not key.startswith("run.")
             and not (self.step_time and key in SCHEDULE)
             and key not in unused

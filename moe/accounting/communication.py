@@ -14,7 +14,7 @@ class Communication:
 
     # Token rows with gate weights and expert ids sent to the experts, outputs sent back, gradients of both.
     all_to_all: int
-    gradients: int  # ring all-reduce of the gradients, `2 (n - 1) / n` of their size
+    gradients: int  # ring all-reduce of the gradients in fp32, `2 (n - 1) / n` of their size
     weights: int  # ring all-gather of the updated weights, `(n - 1) / n` of their size
 
     @property
@@ -43,7 +43,7 @@ def estimate_communication(config: Config, world_size: int) -> Communication:
     tokens = micro_batches * config.train.micro_batch_size * config.data.seq_len
     return Communication(
         all_to_all=int(tokens * len(config.moe_layers) * rows * row_bytes),
-        gradients=int(2 * sent * width * (micro_batches if parallel.zero_stage == 2 else 1)),
+        gradients=int(2 * sent * FP32 * (micro_batches if parallel.zero_stage == 2 else 1)),
         weights=int(sent * width),
     )
 

@@ -50,6 +50,16 @@ class TensorEntry(_Entry):
     pieces: list[Piece]
 
 
+class Info(_Entry):
+    """What a run has to know of its steps so far, in addition to the tensors."""
+
+    data_fingerprint: str = ""  # of the text and its tokens
+    wall_s: float = Field(default=0.0, ge=0)  # seconds trained
+    device_s: float = Field(default=0.0, ge=0)  # the same, times the devices of each part of the run
+    skipped_steps: int = Field(default=0, ge=0)  # steps without an update
+    recent_norms: list[float] = []  # of the last updates' gradients, for `optim.skip_norm_above`
+
+
 class Manifest(_Entry):
     """A checkpoint: `writer` is the topology that wrote it; `tensors` is kind -> name -> entry."""
 
@@ -58,7 +68,7 @@ class Manifest(_Entry):
     seed: int | None
     config: dict[str, Any]
     writer: dict[str, Any]
-    info: dict[str, Any]
+    info: Info
     shards: dict[str, Shard]
     tensors: dict[str, dict[str, TensorEntry]]
 
@@ -70,7 +80,7 @@ class Written(NamedTuple):
     places: list[tuple[str, str, list[int], Piece]]
 
 
-def merge(step: int, config: dict[str, Any], info: dict[str, Any], written: list[Written]) -> Manifest:
+def merge(step: int, config: dict[str, Any], info: Info, written: list[Written]) -> Manifest:
     """One manifest out of what each rank says it wrote."""
     shards: dict[str, Shard] = {}
     tensors: dict[str, dict[str, TensorEntry]] = {}

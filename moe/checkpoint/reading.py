@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe.checkpoint import manifest as manifests
-from moe.checkpoint.manifest import CheckpointError, TensorEntry
+from moe.checkpoint.manifest import CheckpointError, Info, TensorEntry
 from moe.distributed.agreement import on_all_ranks, rank_and_size
 
 _READ_ELEMENTS = 2**20  # of a shard that are in memory in addition to the tensor that is read
+_OPEN_SHARDS = 16  # at a time; a system may allow a process few open files
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -31,14 +32,14 @@ class Checkpoint:
         path: its folder.
         step: optimizer steps taken when it was saved.
         config: of the run that saved it.
-        info: what the writer stored with the tensors: the fingerprint of the data, the seconds so far.
+        info: what the writer stored with the tensors.
         tensors: kind -> name -> where its elements are.
     """
 
     path: Path
     step: int
     config: dict[str, Any]
-    info: dict[str, Any]
+    info: Info
     tensors: dict[str, dict[str, TensorEntry]]
     _opened: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -95,6 +96,8 @@ class Checkpoint:
 
     def _open(self, shard: str) -> Any:
         if shard not in self._opened:
+            if len(self._opened) == _OPEN_SHARDS:
+                self._opened.pop(next(iter(self._opened)))  # the one that was opened first
             self._opened[shard] = safe_open(self.path / shard, "pt", backend="pread")
         return self._opened[shard]
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.checkpoint import manifest as manifests
-from moe.checkpoint.manifest import CheckpointError, Manifest, Piece, Shard, Written
+from moe.checkpoint.manifest import CheckpointError, Info, Manifest, Piece, Shard, Written
 from moe.checkpoint.reading import checkpoint_path, list_checkpoints
 from moe.distributed.agreement import on_all_ranks, rank_and_size
 
@@ -45,12 +45,7 @@ class Fragment(NamedTuple):
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    fragments: Iterable[Fragment],
-    config: dict[str, Any],
-    info: dict[str, Any],
-    keep: int,
+    folder: Path, step: int, fragments: Iterable[Fragment], config: dict[str, Any], info: Info, keep: int
 ) -> Path:
     """Write `folder/step-%08d` together with all other ranks, then delete all but the newest `keep`.
 
@@ -61,7 +56,7 @@ def save_checkpoint(
         step: optimizer steps taken.
         fragments: what this rank owns; over all ranks, each element of the state once.
         config: of the run.
-        info: JSON values to store with the tensors.
+        info: stored with the tensors.
         keep: how many checkpoints stay.
 
     Raises:

@@ -94,6 +94,8 @@ def training_conflicts(
     if train.global_batch_size % train.micro_batch_size:
         problem = f"{train.micro_batch_size} does not divide train.global_batch_size"
         yield "train.micro_batch_size", f"{problem} ({train.global_batch_size}); choose a divisor"
+    if parallel.precision == "bf16" and parallel.zero_stage == 1:
+        yield ("parallel.zero_stage", "1 would add up gradients in bf16; use 2 with parallel.precision=bf16")
     if train.compile and parallel.ep_size > 1:
         yield "train.compile", "does not work with parallel.ep_size above 1; set it to false"
     if optim.warmup_steps is not None and optim.warmup_steps > train.steps:

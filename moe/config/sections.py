@@ -173,12 +173,18 @@ class TrainConfig(Section):
 
     steps: _Extends[int] = _key(300, "optimizer steps", gt=0)
     global_batch_size: int = _key(16, "sequences per optimizer step, over all ranks", gt=0)
-    micro_batch_size: _Free[int] = _key(16, "sequences per rank per forward; accumulation is derived", gt=0)
+    micro_batch_size: _Free[int] = _key(
+        16, "sequences per rank per forward; with moe.capacity_factor it stays on resume", gt=0
+    )
     eval_interval: _Free[int] = _key(100, "steps between evaluations", gt=0)
     eval_batches: int = _key(8, "validation batches of global_batch_size per evaluation", gt=0)
     checkpoint_interval: _Free[int] = _key(100, "steps between checkpoints", gt=0)
     keep_checkpoints: _Free[int] = _key(2, "newest checkpoints that are kept", gt=0)
     activation_checkpointing: _Free[bool] = _key(False, "recompute each block in the backward pass")
+    skip_steps: _Extends[list[Annotated[int, Field(gt=0)]]] = Field(
+        default_factory=list,
+        description="steps that are left out, such as those of bad batches; default none",
+    )
     compile: _Free[bool] = _key(False, "torch.compile each block; needs a C++ compiler on CPU")
 
 
@@ -193,6 +199,12 @@ class OptimConfig(Section):
     betas: tuple[float, float] = _key((0.9, 0.95), "Adam's decay rates of the two moments")
     weight_decay: float = _key(0.1, "decoupled decay of matrices; norms are never decayed", ge=0)
     grad_clip: float = _key(1.0, "largest global gradient norm; 0: no clipping", ge=0)
+    skip_norm_above: _Extends[float | None] = _key(
+        None, "skip an update whose norm is above this many medians of the last 128; null: never", gt=1
+    )
+    max_skips: _Free[int] = _key(
+        10, "updates in a row that may be skipped, as they are when the gradient is not finite", ge=0
+    )
 
 
 class ParallelConfig(Section):
@@ -208,9 +220,12 @@ class ParallelConfig(Section):
         "once_per_rank", "how often a token is sent to a rank with several of its experts"
     )
     overlap: bool = _key(True, "compute the shared experts while tokens travel to the others")
-    zero_stage: Literal[1, 2] = _key(1, "ZeRO stage; in bf16, 2 accumulates gradients in fp32 and 1 in bf16")
     precision: _Extends[Literal["fp32", "bf16"]] = _key(
         "fp32", "of weights and activations, not of the router"
+    )
+    zero_stage: Literal[1, 2] = Field(
+        default_factory=lambda data: 2 if data.get("precision") == "bf16" else 1,
+        description="ZeRO stage; default 1, in bf16 2, which alone adds up gradients in fp32",
     )
     keep_freed_memory: bool = _key(
         True, "on CPU with glibc, reuse freed memory instead of giving it back to the system: faster"

@@ -40,7 +40,10 @@ class Progress:
                 self._folder.failure.write_text(f"{first_line(error)}\n", encoding="utf-8")
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """Show a step, and record it where `log.interval` says so."""
+        """Show a step, and record it where `log.interval` says so. One without an update has no figures."""
+        if "loss/lm" not in metrics:
+            self._bar.update()
+            return
         step, loss, speed = metrics["step"], metrics["loss/lm"], metrics["perf/tokens_per_s"]
         self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         self._bar.update()

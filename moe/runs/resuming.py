@@ -104,9 +104,13 @@ def _is_run(folder: RunFolder) -> bool:
     return True
 
 
-def sets_results(key: str) -> bool:
-    """Whether finished runs that differ in this key have different results; rounding is not looked at."""
-    return on_resume(key) != "free"
+def sets_results(key: str, config: Config) -> bool:
+    """Whether finished runs that differ in this key have different results; rounding is not looked at.
+
+    With a capacity, an expert takes its share of each micro batch, which so decides what is dropped.
+    """
+    drops = config.moe.capacity_factor is not None and not config.moe.is_dense
+    return on_resume(key) != "free" or (drops and key == "train.micro_batch_size")
 
 
 def _check_same_experiment(new: Config, saved: Config) -> None:
@@ -117,7 +121,10 @@ def _check_same_experiment(new: Config, saved: Config) -> None:
     different = [
         key
         for key, value in saved_values.items()
-        if on_resume(key) == "refused" and new_values[key] != value and key not in unused
+        if on_resume(key) != "extends"
+        and sets_results(key, saved)
+        and new_values[key] != value
+        and key not in unused
     ]
     if different:
         keys = ", ".join(f"{key} (was {saved_values[key]!r}, now {new_values[key]!r})" for key in different)

@@ -21,6 +21,7 @@ from moe.model.parameter_roles import family, parameter_roles
 from moe.model.transformer import Transformer, TransformerOutput
 from moe.training.deepspeed_config import deepspeed_config, reduces_gradients
 from moe.training.optimizer import parameter_groups
+from moe.training.skipped_updates import UpdateGuard
 from moe.training.zero_state import ZeroState
 
 
@@ -34,6 +35,7 @@ class GradNorms(NamedTuple):
     dense: float | None
     router: float | None
     experts: float | None
+    skipped: bool  # whether the update was skipped, see `UpdateGuard`
 
     def families(self) -> dict[str, float | None]:
         """The norms by family of parameters."""
@@ -101,6 +103,7 @@ class Engine:
 
         self.world = world
         self._grad_clip = config.optim.grad_clip
+        self.update_guard = UpdateGuard(config.optim.skip_norm_above, world.device)
         roles = parameter_roles(model)
         self._family_of = {
             weight: _FAMILIES.index(family(roles[name])) for name, weight in model.named_parameters()
@@ -148,7 +151,7 @@ class Engine:
         """End a micro batch; with the last one of a global batch, clip and update.
 
         Returns:
-            The norms of the update's gradient; None if there was no update.
+            The norms of the update's gradient; None if micro batches are to follow.
         """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -158,8 +161,10 @@ class Engine:
         if not self._reduces:
             self._deepspeed.optimizer.overlapping_partition_gradients_reduce_epilogue()
         squares = self.sum_over_ranks(self._squares_by_family())
+        norm = squares.sum().sqrt()
+        self._adamw.found_inf = self.update_guard.skips(norm)  # AdamW then changes nothing
         if self._grad_clip:  # the update divides by it, where it reads the gradient anyway
-            self._adamw.grad_scale = ((squares.sum().sqrt() + 1e-6) / self._grad_clip).clamp(min=1).float()
+            self._adamw.grad_scale = ((norm + 1e-6) / self._grad_clip).clamp(min=1).float()
         self._deepspeed.step()
         return self._grad_norms(squares)
 
@@ -174,9 +179,11 @@ class Engine:
         return torch.stack([torch.stack(each).to(dtype).square().sum() for each in norms])
 
     def _grad_norms(self, squares: Tensor) -> GradNorms:
-        total, *parts = torch.cat([squares.sum(0, keepdim=True), squares]).sqrt().tolist()
+        norms = torch.cat([squares.sum(0, keepdim=True), squares]).sqrt()
+        skipped, total, *parts = torch.cat([self._adamw.found_inf.to(norms).view(1), norms]).tolist()
         present = set(self._family_of.values())
-        return GradNorms(total, *(part if i in present else None for i, part in enumerate(parts)))
+        shown = (part if i in present else None for i, part in enumerate(parts))
+        return GradNorms(total, *shown, skipped=bool(skipped))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks, in place."""

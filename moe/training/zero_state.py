@@ -47,11 +47,10 @@ class ZeroState:
         """
         for kind in _KINDS:
             checkpoint.check_names(kind, {name: layout.shape for name, layout in self._layouts.items()})
+        updates = float(checkpoint.step - checkpoint.info.skipped_steps)
         for flat in self._zero.single_partition_of_fp32_groups:
             self._zero.optimizer.state[flat] = {
-                "step": torch.tensor(
-                    float(checkpoint.step), device=flat.device
-                ),  # for Adam's bias correction
+                "step": torch.tensor(updates, device=flat.device),  # for Adam's bias correction
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }

@@ -1,6 +1,7 @@
 """Runs that were stopped, damaged, finished or poisoned, and go on."""
 
 import json
+import math
 import signal
 from types import SimpleNamespace
 
@@ -8,7 +9,6 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
-import torch.nn.functional as F
 
 import train
 from moe.config import changed, load_config
@@ -16,6 +16,7 @@ from moe.data.tokenizer import load_tokenizer
 from moe.runs.resuming import with_recorded_revisions
 from moe.runs.run_folder import RunFolder
 from moe.training.engine import Engine
+from moe.training.loss import training_loss
 from moe.training.stop_request import StopRequest
 from tests.support.runs import assert_same_run, final_state, read_lines
 
@@ -162,42 +163,61 @@ def test_a_prolonged_run_does_not_keep_the_old_results_while_it_runs(run_main, m
     assert not (run / "summary.json").exists()
 
 
-def test_a_non_finite_loss_stops_the_run_and_reaches_no_checkpoint(run_main, monkeypatch):
-    real = F.cross_entropy
-    calls = []
+@pytest.fixture
+def bad_batch(monkeypatch):
+    """Make the loss of each micro batch of some steps infinite, and interrupt the run in another one."""
 
-    def poisoned(*arguments, **keywords):
-        calls.append(1)
-        loss = real(*arguments, **keywords)
-        return loss * float("nan") if len(calls) == 2 * 6 + 1 else loss
+    def poison(*bad: int, interrupted: int = 0) -> None:
+        real, steps = train.train_step, []
 
-    monkeypatch.setattr(F, "cross_entropy", poisoned)
-    code, run, _, err = run_main("train.eval_interval=12")
+        def recorded(run, engine, step):
+            steps.append(step + 1)
+            if steps[-1] == interrupted:
+                signal.raise_signal(signal.SIGINT)
+            return real(run, engine, step)
+
+        def poisoned(output, targets, moe):
+            loss = training_loss(output, targets, moe)
+            return loss._replace(total=loss.total * math.inf) if steps[-1] in bad else loss
+
+        monkeypatch.setattr(train, "train_step", recorded)
+        monkeypatch.setattr(train, "training_loss", poisoned)
+
+    return poison
+
+
+def test_an_update_whose_gradient_is_not_finite_is_skipped_as_if_its_step_were_left_out(run_main, bad_batch):
+    """Weights and moments are those of the run without the step, bit for bit; after a resume too."""
+    code, left_out, _, error = run_main("train.skip_steps=[3,7]", folder="left out")
+    assert (code, error) == (0, "")
+    bad_batch(3, 7, interrupted=5)
+    assert run_main()[0] == 130
+    bad_batch(3, 7)
+    code, run, _, error = run_main()
+    assert code == 0
+    assert error == "warning: step 7: update skipped, as its gradient norm is nan\n"
+    assert_same_run(run, left_out)
+    skipped = {line["step"]: line["optim/skipped_steps"] for line in read_lines(run) if "loss/lm" in line}
+    assert skipped == {1: 0, 2: 0, 4: 1, 5: 1, 6: 1, 8: 2, 9: 2, 10: 2, 11: 2, 12: 2}
+
+
+def test_too_many_skipped_updates_in_a_row_end_the_run_and_reach_no_checkpoint(run_main, bad_batch):
+    bad_batch(7, 9, 10, 11)
+    code, run, _, error = run_main("optim.max_skips=2")
     assert code == 1
-    assert err.count("\n") == 1
-    assert "step 7: loss/lm is nan" in err
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    *warnings, last = error.splitlines()
+    assert [line.split(": ")[1] for line in warnings] == ["step 7", "step 9", "step 10", "step 11"]
+    assert last.startswith("error: step 11: 3 updates in a row were skipped; ")
+    assert (run / "failure.txt").read_text().startswith("step 11: ")
     assert all(torch.isfinite(tensor).all() for tensor in final_state(run).values())
-    assert read_lines(run)[-1]["step"] == 6
-    monkeypatch.undo()
-    assert run_main("train.eval_interval=12")[0] == 0
+    assert run_main("optim.max_skips=2", "train.skip_steps=[9,10,11]")[0] == 0
 
 
-def test_a_non_finite_gradient_reaches_no_checkpoint_either(run_main, monkeypatch):
-    real = Engine.step
-    monkeypatch.setattr(
-        Engine,
-        "step",
-        lambda self, lr: (
-            norms._replace(total=float("inf"))
-            if (norms := real(self, lr)) and self._deepspeed.global_steps == 8
-            else norms
-        ),
-    )
-    code, run, _, err = run_main()
-    assert code == 1
-    assert "step 8: optim/grad_norm is inf" in err
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+def test_with_a_capacity_the_micro_batch_stays_on_resume(run_main):
+    assert run_main("train.steps=4", "moe.capacity_factor=1.0")[0] == 0
+    code, _, _, error = run_main("moe.capacity_factor=1.0", "train.micro_batch_size=1")
+    assert code == 2
+    assert error.startswith("error: train.micro_batch_size: differs from the run in ")
 
 
 def test_a_key_that_the_model_does_not_use_may_change_on_resume(run_main):

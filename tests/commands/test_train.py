@@ -14,7 +14,8 @@ from moe.model.initialization import init_weights
 from tests.support.runs import assert_same_run, read_lines
 
 TRAIN_KEYS = {
-    "step", "tokens", "loss/lm", "loss/load_balancing", "loss/router_z", "optim/lr", "optim/grad_norm",
+    "step", "tokens", "loss/lm", "loss/load_balancing", "loss/router_z",
+    "optim/lr", "optim/grad_norm", "optim/skipped_steps",
     "perf/tokens_per_s", "perf/step_s", "perf/mfu", "moe/load_imbalance", "moe/dropped_fraction",
     "moe/router_entropy", "moe/dead_experts", "comm/dispatch_bytes", "optim/grad_norm/dense",
     "optim/grad_norm/router", "optim/grad_norm/experts",

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moe.checkpoint.manifest import Info
 from moe.checkpoint.reading import Checkpoint, newest_checkpoint
 from moe.checkpoint.saving import Fragment, save_checkpoint
 
@@ -35,7 +36,9 @@ def fragments(state: State, length: int = 4) -> Iterator[Fragment]:
 
 def save(folder: Path, step: int, keep: int = 5) -> Path:
     """A checkpoint of `make_state(step)`."""
-    return save_checkpoint(folder, step, fragments(make_state(step)), {"run": {"seed": 3}}, {"x": step}, keep)
+    return save_checkpoint(
+        folder, step, fragments(make_state(step)), {"run": {"seed": 3}}, Info(wall_s=step), keep
+    )
 
 
 def whole_tensors(path: Path) -> State:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe.checkpoint.manifest import CheckpointError
+from moe.checkpoint.manifest import CheckpointError, Info
 from moe.checkpoint.saving import save_checkpoint
 from moe.config import changed
 from moe.model.transformer import Transformer
@@ -19,6 +19,8 @@ from moe.training.optimizer import learning_rate, parameter_groups
 from tests.support.checkpoints import newest
 from tests.support.engines import batches, loss_of, make_config, make_engine, run_engine
 from tests.support.models import gradient_of, moe_of
+
+WAYS = [(1, "fp32"), (2, "fp32"), (2, "bf16")]  # ZeRO stage and precision
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def full_state(engine):
 
 
 def saved(engine, folder, step, change=lambda fragments: fragments):
-    save_checkpoint(folder, step, change(engine.training_state.fragments()), {}, {}, 1)
+    save_checkpoint(folder, step, change(engine.training_state.fragments()), {}, Info(), 1)
     return newest(folder)[0]
 
 
@@ -100,8 +102,7 @@ def test_accumulation_gives_the_cross_entropy_gradient_of_the_whole_batch(proces
         torch.testing.assert_close(gradients[1][name], gradient, **tolerance, msg=name)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize(("zero_stage", "precision"), WAYS)
 def test_training_goes_on_bit_for_bit_after_saving_and_loading(
     process_group, zero_stage, precision, tmp_path
 ):
@@ -189,8 +190,7 @@ def test_the_norm_of_a_parameter_of_many_elements_has_the_precision_of_fp32(proc
     assert norms.total == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize(("zero_stage", "precision"), WAYS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_gradient_shows_in_the_norm(process_group, zero_stage, precision, bad):
     config = make_config(parallel={"zero_stage": zero_stage, "precision": precision})
