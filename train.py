@@ -28,9 +28,10 @@ if __name__ == "__main__":
 
 from moe.accounting.counts import count_parameters
 from moe.accounting.gpus import find_gpu
+from moe.checkpoint.background import BackgroundSaver
 from moe.checkpoint.manifest import Info
 from moe.checkpoint.reading import Checkpoint, newest_checkpoint
-from moe.checkpoint.saving import save_checkpoint, set_aside_newer
+from moe.checkpoint.saving import Save, set_aside_newer
 from moe.config import Config, ConfigError, RunError, changed
 from moe.config.command_line import DONE, INTERRUPTED, command
 from moe.data.amounts import corpus_warnings
@@ -57,6 +58,7 @@ from moe.training.engine import Engine, start
 from moe.training.evaluation import evaluate
 from moe.training.loss import training_loss
 from moe.training.optimizer import learning_rate
+from moe.training.skipped_updates import SkipCount
 from moe.training.step_metrics import StepMeter
 from moe.training.stop_request import StopRequest
 
@@ -80,7 +82,11 @@ def train(config: Config) -> int:
             resume(run, engine, checkpoint)
         open_folder(run)
         done, stopping = run.first_step, False
-        with Progress(run.config, run.folder, run.world, run.first_step) as progress, StopRequest() as stop:
+        with (
+            Progress(run.config, run.folder, run.world, run.first_step) as progress,
+            StopRequest() as stop,
+            BackgroundSaver() as saver,
+        ):
             run.started = time.perf_counter()
             while done < steps and not stopping:
                 metrics = train_step(run, engine, done)
@@ -90,9 +96,12 @@ def train(config: Config) -> int:
                     evaluation = evaluate(engine, run.corpus, run.config)
                     check_finite(evaluation["eval/loss"], done)
                     progress.evaluation({"step": done, "tokens": metrics["tokens"]} | evaluation)
-                stopping = engine.any_rank(stop.made) and done < steps
+                stop_asked, writing = engine.any_rank(stop.made, saver.is_writing)
+                stopping = stop_asked and done < steps
+                if not writing:
+                    saver.finish()
                 if done % config.train.checkpoint_interval == 0 or done == steps or stopping:
-                    save(run, engine, done)
+                    save(run, engine, saver, done)
         if stopping:
             again = "run the same command again to resume"
             run.world.print(f"stopped and saved at step {done} of {steps}; {again}")
@@ -112,11 +121,10 @@ class Run:
     first_step: int = 0  # steps that were done before, by the run that this one continues
     wall_s: float = 0.0  # seconds that they took
     device_s: float = 0.0  # the same, times the devices of each part
-    skipped: int = 0  # steps without an update
-    skipped_in_a_row: int = 0  # of these, the last ones
     started: float = 0.0  # when the first step of this process began, by time.perf_counter()
 
     def __post_init__(self) -> None:
+        self.skips = SkipCount(self.config.optim.max_skips)
         self.counts = count_parameters(self.config)
         self.environment = describe_environment(self.world.size)
         self.gpu = find_gpu(self.environment["gpu"])
@@ -172,7 +180,8 @@ def resume(run: Run, engine: Engine, checkpoint: Checkpoint) -> None:
     checkpoint.close()
     run.first_step = checkpoint.step
     info = checkpoint.info
-    run.wall_s, run.device_s, run.skipped = info.wall_s, info.device_s, info.skipped_steps
+    run.wall_s, run.device_s = info.wall_s, info.device_s
+    run.skips.total = info.skipped_steps
     engine.update_guard.load(info.recent_norms)
     run.world.print(f"resumed from {checkpoint.path}")
 
@@ -195,7 +204,7 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     started, config, world, done = time.perf_counter(), run.config, run.world, step + 1
     metrics = {"step": done, "tokens": done * config.train.global_batch_size * config.data.seq_len}
     if done in config.train.skip_steps:
-        run.skipped += 1
+        run.skips.total += 1
         return metrics
     micro, lr = config.train.micro_batch_size, learning_rate(config, step)
     starts = samples_of_step(config, run.corpus.train, step)
@@ -211,27 +220,15 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     for sums in meter.tensors():
         engine.sum_over_ranks(sums)
     if norms.skipped:
-        count_skipped(run, done, norms.total)
+        problem = f"step {done}: update skipped, as its gradient norm is {norms.total:.4g}"
+        world.print(f"warning: {problem}", file=sys.stderr)
+        run.skips.add(done)
         return metrics
-    run.skipped_in_a_row = 0
+    run.skips.in_a_row = 0
     metrics |= meter.read(world.size)
-    metrics |= {"optim/lr": lr, "optim/skipped_steps": run.skipped, "optim/grad_norm": norms.total}
+    metrics |= {"optim/lr": lr, "optim/skipped_steps": run.skips.total, "optim/grad_norm": norms.total}
     metrics |= {f"optim/grad_norm/{family}": norm for family, norm in norms.families().items()}
     return metrics | speed(run, time.perf_counter() - started)
-
-
-def count_skipped(run: Run, done: int, norm: float) -> None:
-    """Report an update that was skipped; too many in a row end the run."""
-    run.skipped += 1
-    run.skipped_in_a_row += 1
-    run.world.print(
-        f"warning: step {done}: update skipped, as its gradient norm is {norm:.4g}", file=sys.stderr
-    )
-    if run.skipped_in_a_row > run.config.optim.max_skips:
-        raise RunError(
-            f"step {done}: {run.skipped_in_a_row} updates in a row were skipped; start a new run with a lower"
-            " optim.lr, or go on from the last checkpoint with these steps in train.skip_steps"
-        )
 
 
 def speed(run: Run, seconds: float) -> dict[str, float | None]:
@@ -242,21 +239,16 @@ def speed(run: Run, seconds: float) -> dict[str, float | None]:
     return {"perf/tokens_per_s": tokens_per_s, "perf/step_s": seconds, "perf/mfu": mfu}
 
 
-def save(run: Run, engine: Engine, done: int) -> None:
-    """Save a checkpoint after `done` steps, together with all other ranks."""
-    save_checkpoint(
-        run.folder.checkpoints,
-        done,
-        engine.training_state.fragments(),
-        run.config.model_dump(mode="json"),
-        Info(
-            data_fingerprint=run.corpus.fingerprint,
-            **run.spent(),
-            skipped_steps=run.skipped,
-            recent_norms=engine.update_guard.recent_norms,
-        ),
-        run.config.train.keep_checkpoints,
+def save(run: Run, engine: Engine, saver: BackgroundSaver, done: int) -> None:
+    """Begin to save a checkpoint after `done` steps, together with all other ranks."""
+    info = Info(
+        data_fingerprint=run.corpus.fingerprint,
+        **run.spent(),
+        skipped_steps=run.skips.total,
+        recent_norms=engine.update_guard.recent_norms,
     )
+    config, keep = run.config.model_dump(mode="json"), run.config.train.keep_checkpoints
+    saver.start(Save(run.folder.checkpoints, done, config, info, keep), engine.training_state.fragments())
 
 
 def finish(run: Run, engine: Engine) -> None:

@@ -44,39 +44,72 @@ class Fragment(NamedTuple):
     values: Tensor
 
 
-def save_checkpoint(
-    folder: Path, step: int, fragments: Iterable[Fragment], config: dict[str, Any], info: Info, keep: int
-) -> Path:
-    """Write `folder/step-%08d` together with all other ranks, then delete all but the newest `keep`.
-
-    Every rank calls this. A reader sees the complete checkpoint or none.
+class Save:
+    """A checkpoint in the making: `begin`, `write` and `publish`, in this order.
 
     Args:
         folder: the run's `checkpoints/`, on a file system that all ranks share.
         step: optimizer steps taken.
-        fragments: what this rank owns; over all ranks, each element of the state once.
         config: of the run.
         info: stored with the tensors.
         keep: how many checkpoints stay.
+    """
+
+    def __init__(self, folder: Path, step: int, config: dict[str, Any], info: Info, keep: int):
+        self._folder, self._step, self._config, self._info, self._keep = folder, step, config, info, keep
+        self.path = checkpoint_path(folder, step)
+        self._scratch = folder / f".{self.path.name}.partial"
+        self._rank, _ = rank_and_size()
+
+    def begin(self) -> None:
+        """Make an empty hidden folder. All ranks call it together."""
+        on_all_ranks(lambda: _clear(self._scratch) if self._rank == 0 else None)
+
+    def write(self, fragments: Iterable[Fragment]) -> Written:
+        """Write this rank's fragments; over all ranks, each element of the state has to come once.
+
+        Raises:
+            CheckpointError: a tensor is not finite, or a file cannot be written.
+        """
+        return _write_shards(self._scratch, self._rank, fragments)
+
+    def publish(self, written: list[Written]) -> None:
+        """Give the folder its name, then delete all but the newest `keep`. All ranks call it together.
+
+        Args:
+            written: what `write` returned on each rank.
+
+        Raises:
+            RunError: the checkpoint has a gap, or rank 0 cannot write.
+        """
+
+        def of_rank_0() -> None:
+            if self._rank == 0:
+                manifest = manifests.merge(self._step, self._config, self._info, written)
+                _publish(self._scratch, self.path, manifest)
+                for _, old in list_checkpoints(self._folder)[self._keep :]:
+                    with suppress(OSError):  # the new one is complete, and the next save tries again
+                        _remove(old)
+
+        on_all_ranks(of_rank_0)
+
+
+def save_checkpoint(save: Save, fragments: Iterable[Fragment]) -> Path:
+    """Save together with all other ranks, and wait for it. A reader sees the complete checkpoint or none.
+
+    Args:
+        save: the same on all ranks.
+        fragments: what this rank owns; over all ranks, each element of the state once.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
         RunError: a tensor is not finite, or a rank could not write.
     """
-    final = checkpoint_path(folder, step)
-    scratch = folder / f".{final.name}.partial"
-    rank, _ = rank_and_size()
-    on_all_ranks(lambda: _clear(scratch) if rank == 0 else None)
-    written = on_all_ranks(lambda: _write_shards(scratch, rank, fragments))
-
-    def publish() -> None:
-        if rank == 0:
-            _publish(scratch, final, manifests.merge(step, config, info, written))
-            for _, old in list_checkpoints(folder)[keep:]:
-                with suppress(OSError):  # the new one is complete, and the next save tries again
-                    _remove(old)
-
-    on_all_ranks(publish)
-    return final
+    save.begin()
+    save.publish(on_all_ranks(lambda: save.write(fragments)))
+    return save.path
 
 
 def set_aside_newer(folder: Path, step: int) -> None:

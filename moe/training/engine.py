@@ -191,9 +191,10 @@ class Engine:
             torch.distributed.all_reduce(values)
         return values
 
-    def any_rank(self, happened: bool) -> bool:
-        """Whether it happened on any rank; every rank gets the same answer."""
-        return bool(self.sum_over_ranks(torch.tensor(float(happened), device=self.world.device)))
+    def any_rank(self, *happened: bool) -> list[bool]:
+        """Whether each of these happened on any rank; every rank gets the same answers."""
+        counts = torch.tensor(happened, dtype=torch.float32, device=self.world.device)
+        return [bool(count) for count in self.sum_over_ranks(counts).tolist()]
 
     def from_rank_0(self, values: Tensor) -> Tensor:
         """Overwrite a tensor with rank 0's, in place."""

@@ -1,7 +1,11 @@
 """Which updates are skipped, decided on the device without waiting for it."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from moe.config import RunError
 
 _WINDOW, _FEWEST = 128, 16  # norms of which the median is taken: at most, and at least
 
@@ -38,3 +42,26 @@ class UpdateGuard:
         """Continue with the window of a checkpoint."""
         norms = self._recent.new_tensor(recent_norms[-_WINDOW:])
         self._recent = torch.cat([self._recent.new_full((_WINDOW - len(norms),), torch.nan), norms])
+
+
+@dataclass
+class SkipCount:
+    """The steps of a run that had no update."""
+
+    limit: int  # `optim.max_skips`
+    total: int = 0
+    in_a_row: int = 0  # those whose gradient was refused, up to now
+
+    def add(self, step: int) -> None:
+        """Count a refused gradient.
+
+        Raises:
+            RunError: they are too many in a row.
+        """
+        self.total += 1
+        self.in_a_row += 1
+        if self.in_a_row > self.limit:
+            raise RunError(
+                f"step {step}: {self.in_a_row} updates in a row were skipped; start a new run with a lower "
+                "optim.lr, or go on from the last checkpoint with these steps in train.skip_steps"
+            )

@@ -10,7 +10,7 @@ import torch
 from moe.checkpoint import reading
 from moe.checkpoint.manifest import Info
 from moe.checkpoint.reading import newest_checkpoint, open_checkpoint
-from moe.checkpoint.saving import Fragment, save_checkpoint
+from moe.checkpoint.saving import Fragment, Save, save_checkpoint
 from moe.config import RunError
 from tests.support.checkpoints import (
     KINDS,
@@ -44,7 +44,7 @@ def test_any_part_of_a_tensor_is_read_whichever_shards_it_lies_in(tmp_path, monk
     values = torch.randn(23, generator=torch.Generator().manual_seed(0))
     values[5], values[6] = -0.0, 1e-42  # the sign of zero and a subnormal are bits too
     parts = [Fragment("weights", "w", (23,), i, values[i : i + 4]) for i in range(0, 23, 4)]
-    save_checkpoint(tmp_path, 1, reversed(parts), {}, Info(), 1)
+    save_checkpoint(Save(tmp_path, 1, {}, Info(), 1), reversed(parts))
     checkpoint = open_checkpoint(tmp_path, 1, check_content=True)
     assert len({piece.shard for piece in checkpoint.tensors["weights"]["w"].pieces}) == 6
     assert checkpoint.read("weights", "w", 3, 2).tolist() == values[3:5].tolist()
@@ -100,7 +100,7 @@ def test_older_ones_are_deleted_only_after_the_new_one_has_its_name(tmp_path, mo
 
 def test_a_step_that_is_saved_again_is_replaced(tmp_path):
     save(tmp_path, 2)
-    save_checkpoint(tmp_path, 2, fragments(make_state(9)), {}, Info(), 5)
+    save_checkpoint(Save(tmp_path, 2, {}, Info(), 5), fragments(make_state(9)))
     checkpoint, warnings = newest(tmp_path)
     assert checkpoint.read("weights", "b.weight").tolist() == [9, 10]
     assert (warnings, names_in(tmp_path)) == ([], ["step-00000002"])
@@ -110,7 +110,7 @@ def test_files_hold_little_more_than_their_tensors(tmp_path, monkeypatch):
     monkeypatch.setattr("moe.checkpoint.saving._SHARD_BYTES", 50_000)
     big = torch.randn(1000, 100)
     parts = [Fragment(kind, "slice", (10_000,), 0, big[:100].view(-1)) for kind in KINDS]
-    path = save_checkpoint(tmp_path, 1, parts, {}, Info(), 1)
+    path = save_checkpoint(Save(tmp_path, 1, {}, Info(), 1), parts)
     assert sum(file.stat().st_size for file in path.iterdir()) < 1.05 * 3 * 10_000 * 4
 
 
@@ -163,7 +163,7 @@ def test_a_state_that_is_not_finite_is_never_written(tmp_path, bad):
     state = make_state(1)
     state["exp_avg"]["b.weight"] = torch.tensor([1.0, bad])
     with pytest.raises(RunError, match=r"exp_avg of b.weight are not finite"):
-        save_checkpoint(tmp_path, 3, fragments(state), {}, Info(), 1)
+        save_checkpoint(Save(tmp_path, 3, {}, Info(), 1), fragments(state))
     assert newest_checkpoint(tmp_path) == (None, [])
     assert not any(name.startswith("step-") for name in names_in(tmp_path))
 
@@ -180,13 +180,13 @@ def test_a_state_with_a_hole_or_an_overlap_is_never_published(tmp_path, parts, n
     values = torch.arange(6.0)
     pieces = [Fragment("weights", "a.weight", (2, 3), start, values[start:stop]) for start, stop in parts]
     with pytest.raises(RunError, match=named):
-        save_checkpoint(tmp_path, 1, pieces, {}, Info(), 1)
+        save_checkpoint(Save(tmp_path, 1, {}, Info(), 1), pieces)
     assert newest_checkpoint(tmp_path) == (None, [])
 
 
 def test_two_pieces_of_a_tensor_in_one_shard_are_both_there(tmp_path, monkeypatch):
     monkeypatch.setattr("moe.checkpoint.saving._SHARD_BYTES", 2**20)
-    path = save_checkpoint(tmp_path, 1, fragments(make_state(1), length=3), {}, Info(), 1)
+    path = save_checkpoint(Save(tmp_path, 1, {}, Info(), 1), fragments(make_state(1), length=3))
     checkpoint, _ = newest(tmp_path)
     assert checkpoint.read("weights", "a.weight").tolist() == [1, 2, 3, 4, 5, 6]
     assert whole_tensors(path)["weights"]["a.weight"].tolist() == [[1, 2, 3], [4, 5, 6]]

@@ -14,7 +14,7 @@ import torch
 from moe.checkpoint import saving
 from moe.checkpoint.manifest import CheckpointError, Info
 from moe.checkpoint.reading import open_checkpoint
-from moe.checkpoint.saving import Fragment, save_checkpoint
+from moe.checkpoint.saving import Fragment, Save, save_checkpoint
 from moe.config import RunError, changed
 from moe.dispatch.all_to_all import choose_dispatcher
 from moe.model.transformer import Transformer
@@ -108,7 +108,8 @@ def save_constants_and_gradients(folder):
         for name, change in (("constants", fill_with_global_ids), ("gradients", lambda model: None)):
             engine = build(config, change)
             train(engine, config, 0, 1, at_rate=0.0)  # so that there are moments, and the weights stay
-            save_checkpoint(folder / f"{name}_{ep_size}", 1, engine.training_state.fragments(), {}, Info(), 1)
+            save = Save(folder / f"{name}_{ep_size}", 1, {}, Info(), 1)
+            save_checkpoint(save, engine.training_state.fragments())
 
 
 def gradients_in_plain_torch(config):
@@ -177,7 +178,7 @@ def train_save_go_on(root, runs):
     for run in runs:
         engine = build(run.config())
         train(engine, run.config(), 0, 3)
-        save_checkpoint(run.folder(root), 3, engine.training_state.fragments(), {}, Info(), 1)
+        save_checkpoint(Save(run.folder(root), 3, {}, Info(), 1), engine.training_state.fragments())
         results.append(train(engine, run.config(), 3, 6))
     return results
 
@@ -200,9 +201,8 @@ def load_check_go_on(root, again, pairs):
         for name, parameter in engine.module.named_parameters():
             expected = own(parameter, whole["weights"][name]).to(parameter.dtype)
             assert torch.equal(parameter, expected), (source, target, name)
-        save_checkpoint(
-            source.folder(target.folder(again)), 3, engine.training_state.fragments(), {}, Info(), 1
-        )
+        save = Save(source.folder(target.folder(again)), 3, {}, Info(), 1)
+        save_checkpoint(save, engine.training_state.fragments())
         results.append(train(engine, config, 3, 6))
     return results
 
@@ -284,7 +284,7 @@ def refuse_misfits(folder):
             fragments += [
                 f for f in engine.training_state.fragments() if f[1] == odd[1] and f[0] != "weights"
             ]
-        save_checkpoint(folder / name, 1, fragments, {}, Info(), 1)
+        save_checkpoint(Save(folder / name, 1, {}, Info(), 1), fragments)
     train(engine, config, 1, 2)
     before = copies(engine)
     own_weights = [parameter.clone() for parameter in engine.module.parameters()]
@@ -341,7 +341,7 @@ def fail_on_rank_1(folder):
     config = config_of(2)
     engine = build(config)
     train(engine, config, 0, 1)
-    save_checkpoint(folder, 1, engine.training_state.fragments(), {}, Info(), 2)
+    save_checkpoint(Save(folder, 1, {}, Info(), 2), engine.training_state.fragments())
     before = copies(engine)
     train(engine, config, 1, 2)
     messages = {}
@@ -351,7 +351,7 @@ def fail_on_rank_1(folder):
                 harm(engine, monkeypatch) if engine.world.rank == 1 else engine.training_state.fragments()
             )
             with pytest.raises(RunError) as failure:
-                save_checkpoint(folder, 2, fragments, {}, Info(), 2)
+                save_checkpoint(Save(folder, 2, {}, Info(), 2), fragments)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         messages[name] = str(failure.value)
         torch.distributed.barrier()
@@ -364,7 +364,7 @@ def fail_on_rank_1(folder):
     for (*_, old), (*_, values) in zip(before, copies(engine), strict=True):
         assert torch.equal(values, old)
     train(engine, config, 1, 2)
-    save_checkpoint(folder, 2, engine.training_state.fragments(), {}, Info(), 2)
+    save_checkpoint(Save(folder, 2, {}, Info(), 2), engine.training_state.fragments())
     return messages
 
 
@@ -412,7 +412,7 @@ def save_big(folder):
     train(engine, BIG, 0, 1)
     total = sum(fragment.values.nbytes for fragment in engine.training_state.fragments())
     return total, memory_of(
-        lambda: save_checkpoint(folder, 1, engine.training_state.fragments(), {}, Info(), 1)
+        lambda: save_checkpoint(Save(folder, 1, {}, Info(), 1), engine.training_state.fragments())
     )
 
 

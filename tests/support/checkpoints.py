@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe.checkpoint.manifest import Info
 from moe.checkpoint.reading import Checkpoint, newest_checkpoint
-from moe.checkpoint.saving import Fragment, save_checkpoint
+from moe.checkpoint.saving import Fragment, Save, save_checkpoint
 
 State = dict[str, dict[str, Tensor]]  # kind -> name -> tensor
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
@@ -36,9 +36,8 @@ def fragments(state: State, length: int = 4) -> Iterator[Fragment]:
 
 def save(folder: Path, step: int, keep: int = 5) -> Path:
     """A checkpoint of `make_state(step)`."""
-    return save_checkpoint(
-        folder, step, fragments(make_state(step)), {"run": {"seed": 3}}, Info(wall_s=step), keep
-    )
+    save = Save(folder, step, {"run": {"seed": 3}}, Info(wall_s=step), keep)
+    return save_checkpoint(save, fragments(make_state(step)))
 
 
 def whole_tensors(path: Path) -> State:

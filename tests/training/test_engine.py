@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from moe.checkpoint.manifest import CheckpointError, Info
-from moe.checkpoint.saving import save_checkpoint
+from moe.checkpoint.saving import Save, save_checkpoint
 from moe.config import changed
 from moe.model.transformer import Transformer
 from moe.training.engine import start
@@ -38,7 +38,7 @@ def full_state(engine):
 
 
 def saved(engine, folder, step, change=lambda fragments: fragments):
-    save_checkpoint(folder, step, change(engine.training_state.fragments()), {}, Info(), 1)
+    save_checkpoint(Save(folder, step, {}, Info(), 1), change(engine.training_state.fragments()))
     return newest(folder)[0]
 
 
