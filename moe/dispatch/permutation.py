@@ -162,7 +162,17 @@ def sum_by_token(rows: Tensor, permutation: Permutation) -> Tensor:
         return sum_rows(rows, places_TK, kept_TK)
     if kept_TK is None:
         return F.embedding_bag(places_TK, rows, mode="sum")
-    # Some tokens at a time, so that no more than about N rows are copied.
+    if rows.device.type != "cpu":
+        return sum_without_waiting(rows, places_TK, kept_TK)
+    counts_T = kept_TK.sum(1)
+    return F.embedding_bag(places_TK[kept_TK], rows, counts_T.cumsum(0) - counts_T, mode="sum")
+
+
+def sum_without_waiting(rows: Tensor, places_TK: Tensor, kept_TK: Tensor) -> Tensor:
+    """`sum_by_token` where the host would have to wait for the number of kept choices.
+
+    It reads all T * K choices, some tokens at a time, so that no more than about N rows are copied.
+    """
     step = max(1, -(-rows.shape[0] // places_TK.shape[1]))
     parts = zip(places_TK.split(step), kept_TK.split(step), strict=True)
     return torch.cat([_gather_choices(rows, *part).sum(1) for part in parts])

@@ -12,6 +12,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.distributed.rendezvous import rendezvous
 
 from moe.config import ConfigError, ParallelConfig
+from moe.distributed.agreement import HOST_GROUP, make_host_group
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
@@ -91,6 +92,7 @@ def join(parallel: ParallelConfig, device: torch.device) -> None:
         # No launcher: DeepSpeed would ask for mpi4py. A store in memory needs no free port either.
         store, rank, size = HashStore(), 0, 1
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    make_host_group()
 
 
 def _fresh(store: Store, rank: int, size: int, timeout_s: float) -> Store:
@@ -124,6 +126,7 @@ def leave() -> None:
 
 
 def set_timeouts(timeout_s: float) -> None:
-    """Bound the collectives of every group there is; torch gives a new one 10 (NCCL) or 30 minutes (gloo)."""
+    """Bound the collectives of training; torch gives a new group 10 (NCCL) or 30 minutes (gloo)."""
     for group in list(_world.pg_map):
-        _set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
+        if group.group_desc != HOST_GROUP:
+            _set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)

@@ -31,6 +31,10 @@ def edit_piece(path, **changes):
     resign(path, lambda m: m["tensors"]["weights"]["a.weight"]["pieces"][1].update(changes))
 
 
+def edit_info(path, **changes):
+    resign(path, lambda m: m["info"].update(changes))
+
+
 DAMAGE = {
     "truncated": (lambda path: os.truncate(shard_of(path), 30), "has 30 bytes instead of"),
     "empty": (lambda path: os.truncate(shard_of(path), 0), "has 0 bytes instead of"),
@@ -50,6 +54,10 @@ DAMAGE = {
     "manifest of format 1": (lambda path: resign(path, lambda m: m.update(format=1)), "of format 1, not 2"),
     "manifest without a key": (lambda path: resign(path, lambda m: m.pop("writer")), "cannot be read"),
     "manifest with a key more": (lambda path: resign(path, lambda m: m.update(x=1)), "cannot be read"),
+    "odd seconds": (lambda path: edit_info(path, wall_s="long"), "cannot be read"),
+    "infinite seconds": (lambda path: edit_info(path, wall_s=1e999), "cannot be read"),
+    "skipped steps below 0": (lambda path: edit_info(path, skipped_steps=-1), "cannot be read"),
+    "information a list": (lambda path: resign(path, lambda m: m.update(info=[1])), "cannot be read"),
     "manifest unsigned": (
         lambda path: (path / "manifest.json").write_text('{"format": 2}'),
         "cannot be read",

@@ -1,6 +1,7 @@
 """What is saved is read back, all of it or nothing."""
 
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -190,3 +191,21 @@ def test_two_pieces_of_a_tensor_in_one_shard_are_both_there(tmp_path, monkeypatc
     checkpoint, _ = newest(tmp_path)
     assert checkpoint.read("weights", "a.weight").tolist() == [1, 2, 3, 4, 5, 6]
     assert whole_tensors(path)["weights"]["a.weight"].tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_many_shards_are_read_with_few_files_open(tmp_path, monkeypatch):
+    """300 shards, and 40 more files than are open now."""
+    values = torch.arange(300.0)
+    parts = [Fragment("weights", "w", (300,), i, values[i : i + 1]) for i in range(300)]
+    monkeypatch.setattr("moe.checkpoint.saving._SHARD_BYTES", 4)
+    save_checkpoint(Save(tmp_path, 1, {}, Info(), 1), parts)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 40, limit[1]))
+    try:
+        checkpoint = newest(tmp_path)[0]
+        assert torch.equal(checkpoint.read("weights", "w"), values)
+        assert torch.equal(checkpoint.read("weights", "w", 7, 90), values[7:97])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert len({piece.shard for piece in checkpoint.tensors["weights"]["w"].pieces}) == 300

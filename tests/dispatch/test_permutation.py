@@ -12,6 +12,8 @@ from moe.dispatch.permutation import (
     permute_reference,
     plan_permutation,
     plan_routed,
+    sum_by_token,
+    sum_without_waiting,
     unpermute,
     unpermute_reference,
 )
@@ -86,5 +88,15 @@ def test_tokens_with_few_rows_here_are_summed_like_the_reference():
     rows = torch.randn(75, 6, requires_grad=True)
     forward, reference = unpermute(rows, plan), unpermute_reference(rows, plan)
     torch.testing.assert_close(forward, reference)
+    assert plan.kept is not None
+    on_a_gpu = sum_without_waiting(rows, plan.row_of_assignment, plan.kept)
+    torch.testing.assert_close(on_a_gpu, reference)
     got, expected = (torch.autograd.grad(sums.square().sum(), rows) for sums in (forward, reference))
     torch.testing.assert_close(got, expected)
+
+
+def test_a_token_without_a_row_here_gets_zero_whatever_the_unused_rows_hold():
+    places = torch.tensor([[2, 2], [0, 2], [2, 2], [1, 0], [2, 2]])  # 2: elsewhere
+    plan = plan_routed(places, 2, 3)  # rows: token 1, then token 3, both of place 0; then token 3 of place 1
+    rows = torch.tensor([[1.0], [2.0], [4.0], [torch.nan]])
+    assert sum_by_token(rows, plan).tolist() == [[0], [1], [0], [6], [0]]

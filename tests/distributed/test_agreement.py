@@ -1,6 +1,7 @@
 """One rank's failure is every rank's failure, with the same message."""
 
 import os
+import time
 
 import pytest
 
@@ -36,3 +37,17 @@ def agree() -> tuple[list[int], list[str]]:
 
 def test_results_come_in_the_order_of_ranks_and_the_first_failed_rank_is_named_on_all():
     assert run_ranks(2, agree) == [([10, 11], ["rank 1: disk full", "rank 0: disk full"])] * 2
+
+
+def wait_for_a_slow_rank() -> list[int]:
+    world = start(ParallelConfig(timeout_s=1.0))
+
+    def work() -> int:
+        time.sleep(2.5 * world.rank)
+        return world.rank
+
+    return on_all_ranks(work)
+
+
+def test_work_on_the_host_may_take_longer_than_a_collective():
+    assert run_ranks(2, wait_for_a_slow_rank) == [[0, 1], [0, 1]]
