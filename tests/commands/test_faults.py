@@ -23,7 +23,7 @@ from tests.support.runs import assert_same_run, read_lines
 from tests.support.training import Trained, train_each, train_on_ranks, train_once
 
 STEPS = 60  # enough of them that a signal sent at the second arrives before the last
-KILLS, RESTARTS = 20, 2
+RESTARTS = 2
 PATIENCE_S = 20  # from a rank's death to the end of the job, on a busy machine
 
 
@@ -41,34 +41,37 @@ def reference(arguments, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_of_which_a_rank_is_killed_twenty_times_ends_as_the_undisturbed_one(arguments, tmp_path):
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 8), (2, 20)])
+def test_a_run_that_is_killed_again_and_again_ends_as_the_undisturbed_one(arguments, tmp_path, ranks, kills):
     """At random moments, every other time while a checkpoint is written; started again each time."""
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
     choice = random.Random(seed)
-    arguments = [*arguments, f"train.steps={7 * KILLS}", "train.eval_interval=70"]
+    split = f"parallel.ep_size={ranks}"
+    arguments = [*arguments, split, f"train.steps={7 * kills}", "train.eval_interval=70"]
     run, torn = tmp_path / "killed", 0
     call = [*arguments, f"run.dir={run}"]
-    for kill in range(KILLS):
-        processes, _ = start_ranks(2, train_once, [*call, "train.checkpoint_interval=2"])
+    for kill in range(kills):
+        processes, _ = start_ranks(ranks, train_once, [*call, "train.checkpoint_interval=2"])
         target, in_write = last_logged_step(run) + choice.randint(1, 4), kill % 2 == 0
         deadline = time.monotonic() + 60
         while last_logged_step(run) < target or (in_write and not unfinished(run)):
             assert time.monotonic() < deadline, "training does not go on"
             time.sleep(0.001)
         time.sleep(choice.uniform(0, 0.01 if in_write else 0.05))
-        processes[choice.randrange(2)].kill()
+        processes[choice.randrange(ranks)].kill()
         time.sleep(choice.uniform(0, 0.5))  # then the launcher ends the survivor
         for process in processes:
             process.kill()
             process.join()
         saved = max(steps_of(run), default=0)
-        assert last_logged_step(run) - saved <= 2, f"kill {kill}"
+        # The next save waits for the one before, so that at most two are lost: one begun, and one not yet.
+        assert last_logged_step(run) - saved <= 4, f"kill {kill}"
         torn += bool(unfinished(run))
-    assert torn >= KILLS // 4, f"{torn} of {KILLS} kills left half a checkpoint"
-    train_on_ranks(2, [*call, "train.checkpoint_interval=100"])
+    assert torn >= kills // 4, f"{torn} of {kills} kills left half a checkpoint"
+    train_on_ranks(ranks, [*call, "train.checkpoint_interval=100"])
     whole = tmp_path / "whole"
-    train_on_ranks(2, [*arguments, f"run.dir={whole}", "train.checkpoint_interval=100"])
+    train_on_ranks(ranks, [*arguments, f"run.dir={whole}", "train.checkpoint_interval=100"])
     assert_same_run(run, whole)
     assert not unfinished(run)
 
