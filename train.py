@@ -20,11 +20,15 @@ from typing import Any
 # A thread that waits for work spins this often before it sleeps (GNU OpenMP, which reads it when torch is
 # imported). By its own default a run beside two others took 8.9 s a step, with this 0.8; alone it costs 2 %.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# A GPU's memory is otherwise lost in pieces, as the experts' rows are of another number in every step.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from moe.config.train_arguments import check_arguments, read_arguments
 
 if __name__ == "__main__":
     check_arguments()  # before torch is imported, which takes seconds
+
+import torch
 
 from moe.accounting.counts import count_parameters
 from moe.accounting.gpus import find_gpu
@@ -77,9 +81,7 @@ def train(config: Config) -> int:
         if checkpoint is not None and checkpoint.step == steps and finished:
             run.world.print(f"{run.folder.path} is finished; raise train.steps or set another run.name")
             return DONE
-        engine = build(run)
-        if checkpoint is not None:
-            resume(run, engine, checkpoint)
+        engine = build(run, checkpoint)
         open_folder(run)
         done, stopping = run.first_step, False
         with (
@@ -161,17 +163,23 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
     return checkpoint
 
 
-def build(run: Run) -> Engine:
-    """The model with its initial weights, under the engine."""
+def build(run: Run, checkpoint: Checkpoint | None = None) -> Engine:
+    """The model under the engine, with its initial weights or those of a checkpoint."""
     config, world, device = run.config, run.world, run.world.device.type
     world.print(overview(config, run.counts, len(run.corpus.train.tokens), world.size, device))
     for warning in corpus_warnings(config, run.corpus.train, run.corpus.validation):
         world.print(f"warning: {warning}", file=sys.stderr)
-    model = Transformer(config, choose_dispatcher(world.groups, config.parallel))
+    with torch.device("meta"):
+        model = Transformer(config, choose_dispatcher(world.groups, config.parallel))
     if config.train.compile:
         for block in model.blocks:
             block.compile()
-    return Engine(model, config, world)
+    engine = Engine(model, config, world)
+    if checkpoint is None:
+        engine.training_state.initialize(config.run.seed)
+    else:
+        resume(run, engine, checkpoint)
+    return engine
 
 
 def resume(run: Run, engine: Engine, checkpoint: Checkpoint) -> None:

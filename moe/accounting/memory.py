@@ -67,8 +67,9 @@ def estimate_memory(config: Config, world_size: int, device: str) -> Memory:
     mask = config.data.seq_len * width * config.data.document_masks  # one for all layers
     final_norm = (2 * FP32 + width) * model.d_model
     embedding = _dropout_mask(config)
+    routers = counts.by_part.get("router", 0) * (FP32 - width)  # which stay in fp32
     return Memory(
-        weights=held * width,
+        weights=held * width + routers,
         optimizer=share * (MOMENTS_BYTES + (FP32 if width != FP32 else 0)),
         gradients=share * FP32 if parallel.zero_stage == 2 else held * width,
         bucket=reduce_bucket(config, world_size, device) * width,

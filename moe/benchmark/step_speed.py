@@ -103,7 +103,7 @@ class _Floor:
         self.model = Transformer(config).to(self.device, dtype)
         self.parameters = list(self.model.parameters())
         self.updated = [
-            weight if dtype == torch.float32 else nn.Parameter(weight.detach().float())
+            weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
             for weight in self.parameters
         ]
         optim = config.optim

@@ -3,6 +3,9 @@
 Shape suffixes: T tokens, K experts per token, E experts, D d_model.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +16,10 @@ from moe.model.products import linear
 class Router(nn.Module):
     """Softmax top-k gating over fp32 logits.
 
-    The arithmetic is fp32 whatever the dtype of the input and of the stored weight, since a logit rounded to
-    bf16 changes which expert wins (Fedus et al. 2021, section 2.4). The gate weights are the probabilities
-    of the chosen experts (Shazeer et al. 2017), with `normalize_gate_weights` divided by their sum.
+    Weight and arithmetic are fp32 whatever the dtype of the input and of the rest of the model, since what is
+    rounded to bf16 changes which expert wins (Fedus et al. 2021, section 2.4). The gate weights are the
+    probabilities of the chosen experts (Shazeer et al. 2017), with `normalize_gate_weights` divided by their
+    sum.
 
     Args:
         d_model: D.
@@ -38,6 +42,15 @@ class Router(nn.Module):
         self.top_k = top_k
         self.normalize_gate_weights = normalize_gate_weights
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow `.to(...)` and `.bfloat16()` to the device, but not to less than fp32."""
+
+        def in_fp32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device, torch.float32)
+
+        return super()._apply(in_fp32, recurse)
 
     def forward(self, hidden: Tensor) -> RouterOutput:
         """Route tokens.

@@ -93,7 +93,8 @@ class Engine:
     """A model under DeepSpeed's ZeRO with AdamW.
 
     Args:
-        model: initialized, on any device.
+        model: on the meta device, to be followed by `training_state.initialize` or `load`; or anywhere else,
+            with its weights.
         config: the run's configuration.
         world: what `start` returned.
     """
@@ -104,6 +105,10 @@ class Engine:
         self.world = world
         self._grad_clip = config.optim.grad_clip
         self.update_guard = UpdateGuard(config.optim.skip_norm_above, world.device)
+        # Never on the device in fp32 if it trains in bf16; only routers are.
+        model.to(torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            model.to_empty(device=world.device)
         roles = parameter_roles(model)
         self._family_of = {
             weight: _FAMILIES.index(family(roles[name])) for name, weight in model.named_parameters()
@@ -123,6 +128,8 @@ class Engine:
             config=deepspeed_config(config, world.size, world.device.type),
         )
         self._deepspeed: Any = wrapped
+        # Routers' gradients are fp32, and bf16 ones are reduced in it.
+        self._deepspeed.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
         self._adamw: Any = optimizer
         # A single process has nothing to reduce, and skips the copies that DeepSpeed makes for it.
         self._reduces = reduces_gradients(config, world.size)

@@ -10,13 +10,18 @@ from moe.model.parameter_roles import parameter_roles
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one group: matrices are decayed, norms and biases are not."""
-    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "not_decayed": []}
+    """Every trainable parameter in exactly one group: matrices are decayed, norms and biases are not.
+
+    A group is of one dtype, as DeepSpeed makes one flat tensor of it.
+    """
+    groups: dict[str, dict[str, Any]] = {}
     roles = parameter_roles(model)
     for name, parameter in model.named_parameters():
-        groups["not_decayed" if roles[name] in ("norm", "bias") else "decayed"].append(parameter)
-    decays = {"decayed": weight_decay, "not_decayed": 0.0}
-    return [{"name": name, "params": params, "weight_decay": decays[name]} for name, params in groups.items()]
+        is_decayed = roles[name] not in ("norm", "bias")
+        key = f"{'decayed' if is_decayed else 'not_decayed'}, {parameter.dtype}"
+        group = {"name": key, "params": [], "weight_decay": weight_decay if is_decayed else 0.0}
+        groups.setdefault(key, group)["params"].append(parameter)
+    return list(groups.values())
 
 
 def learning_rate(config: Config, step: int) -> float:

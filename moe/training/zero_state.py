@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moe.checkpoint.reading import Checkpoint
 from moe.checkpoint.saving import Fragment
 from moe.model.experts import GroupedExperts
+from moe.model.initialization import initial_weights
 
 _KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
@@ -62,6 +63,14 @@ class ZeroState:
                         checkpoint.read(kind, name, start + inside.start, inside.stop - inside.start)
                     )
             parameter.copy_(checkpoint.read("weights", name, start, parameter.numel()).view(parameter.shape))
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Set the model's weights and this rank's fp32 master weights to the initial values of a seed."""
+        for _, parameter, values in initial_weights(self._model, seed):
+            parameter.copy_(values)
+            for flat, inside, place in self.parts_of(parameter):
+                self._of_kind(flat, "weights")[place].copy_(values.flatten()[inside])
 
     def train_in_place(self) -> None:
         """Let AdamW update the model's own weights, of which fp32 master weights are an equal copy."""

@@ -9,8 +9,8 @@ from PIL import Image
 
 import train
 from moe.inference.trained_run import load_run
-from moe.model import transformer
-from moe.model.initialization import init_weights
+from moe.model.initialization import initial_weights
+from moe.training import zero_state
 from tests.support.runs import assert_same_run, read_lines
 
 TRAIN_KEYS = {
@@ -175,11 +175,10 @@ def test_the_collapse_metrics_fire_where_the_balance_loss_is_blind(run_main, mon
     """Equal probabilities, and ties that all fall on the same experts: the loss is 1.0, the load is not."""
 
     def collapsed(model, seed):
-        init_weights(model, seed)
-        for block in model.blocks:
-            torch.nn.init.zeros_(block.ffn.router.weight)
+        for name, parameter, values in initial_weights(model, seed):
+            yield name, parameter, values * (".router." not in name)
 
-    monkeypatch.setattr(transformer, "init_weights", collapsed)
+    monkeypatch.setattr(zero_state, "initial_weights", collapsed)
     line = read_lines(run_main("moe.aux_loss_coef=0.0", "train.steps=2")[1])[0]
     assert line["loss/load_balancing"] == pytest.approx(1.0)
     assert line["moe/load_imbalance"] == 2.0  # four experts, two in use

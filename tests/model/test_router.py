@@ -81,3 +81,16 @@ def test_exact_ties_still_choose_distinct_experts():
         router.weight.zero_()
     indices = router(torch.randn(10, 8)).expert_indices
     assert all(len(set(row)) == 3 for row in indices.tolist())
+
+
+def test_a_router_stays_in_fp32_when_the_model_is_rounded():
+    torch.manual_seed(0)
+    router = Router(8, 4, 2, normalize_gate_weights=True)
+    torch.nn.init.normal_(router.weight)
+    before = router.weight.detach().clone()
+    model = torch.nn.Sequential(router, torch.nn.Linear(8, 8))
+    for rounded in (model.bfloat16(), model.half(), model.to(torch.bfloat16), model.to("cpu", torch.float16)):
+        assert {weight.dtype for weight in rounded[1].parameters()} < {torch.bfloat16, torch.float16}
+        assert torch.equal(router.weight, before), "not one bit changes"
+    assert model.double()[0].weight.dtype == torch.float64
+    assert model.to("meta")[0].weight.is_meta

@@ -29,8 +29,11 @@ def make_config(**sections: dict[str, Any]) -> Config:
 
 def make_engine(config: Config, world: World) -> Engine:
     """The model of a configuration under the engine, its experts where the world's groups put them."""
-    dispatcher = choose_dispatcher(world.groups, config.parallel)
-    return Engine(Transformer(config, dispatcher, "grouped_mm"), config, world)
+    with torch.device("meta"):
+        model = Transformer(config, choose_dispatcher(world.groups, config.parallel), "grouped_mm")
+    engine = Engine(model, config, world)
+    engine.training_state.initialize(config.run.seed)
+    return engine
 
 
 def batches(steps: int) -> Tensor:

@@ -14,7 +14,7 @@ def test_every_parameter_is_in_exactly_one_group_and_norms_are_never_decayed():
     config = parse_config({"model": {"qk_norm": True, "vocab_size": 50}, "moe": {"num_shared_experts": 1}})
     model = Transformer(config)
     groups = parameter_groups(model, 0.1)
-    assert [group["name"] for group in groups] == ["decayed", "not_decayed"]
+    assert [group["name"] for group in groups] == ["decayed, torch.float32", "not_decayed, torch.float32"]
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
     decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
