@@ -16,6 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moe.config.command_line import INTERRUPTED, OneLineParser, command, end_on_ctrl_c, positive_int
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while torch is imported, which takes seconds
+
 from moe.ablation.ablation_folder import AblationFolder
 from moe.ablation.cells import GRANULARITY, Cell, plan_cells, shortened
 from moe.ablation.estimate import plan_table, seconds_per_run
@@ -23,7 +28,6 @@ from moe.ablation.race import plan_race, race_table, uncertain
 from moe.ablation.runner import AblationRunner, Conditions, Task, stopped_by_signals
 from moe.ablation.step_times import ROUNDS, measure_step_times
 from moe.config import Config, ConfigError, RunError, load_config, override_value
-from moe.config.command_line import INTERRUPTED, OneLineParser, command, positive_int
 from moe.data.tokenizer import with_vocabulary
 from moe.distributed.launch import choose_device
 from moe.tables import align, plain, short

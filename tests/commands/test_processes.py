@@ -78,3 +78,17 @@ def test_device_hours_are_those_of_the_ranks_that_each_part_had(small, short_sam
     second_part = summary["wall_s"] - first_part
     assert second_part > 0
     assert 3600 * summary["cost"]["device_hours"] == pytest.approx(2 * first_part + second_part)
+
+
+@pytest.mark.parametrize("name", ["train.py", "scripts/ablate.py", "scripts/bench.py", "scripts/doctor.py"])
+def test_ctrl_c_while_torch_is_imported_is_one_line(name, tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    call = [sys.executable, str(ROOT / name)]
+    with subprocess.Popen(call, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "importing\n":
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20) == ("", "interrupted\n")
+        assert process.returncode == 130

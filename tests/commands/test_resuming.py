@@ -46,6 +46,25 @@ def test_resuming_twice_in_a_row_is_bit_exact(run_main):
     assert_same_run(run, whole)
 
 
+@pytest.mark.parametrize(
+    ("micro_batch", "saved"),
+    [(1, "no checkpoint was saved yet"), (12, "the checkpoint of step 4 can be loaded")],
+)
+def test_an_interrupted_run_says_what_of_it_is_saved(run_main, monkeypatch, micro_batch, saved):
+    """A checkpoint is saved every 4 steps, each of two micro batches."""
+    losses = []
+
+    def interrupt(*arguments):
+        losses.append(arguments)
+        if len(losses) == micro_batch:
+            raise KeyboardInterrupt
+        return training_loss(*arguments)
+
+    monkeypatch.setattr(train, "training_loss", interrupt)
+    code, _, _, error = run_main()
+    assert (code, error.splitlines()[-1]) == (130, f"interrupted; {saved}")
+
+
 def test_metrics_are_cut_back_to_the_checkpoint(run_main):
     _, run, _, _ = run_main()
     whole = read_lines(run)

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -59,6 +60,16 @@ def test_a_run_is_in_training_while_its_process_lives_and_can_be_continued_after
     code, _, _, _ = run_main("train.steps=14")
     assert code == 0
     assert rows(run)[0].split()[1] == "finished"
+
+
+def test_a_stopped_run_stands_at_its_newest_checkpoint(run_main, rows):
+    """Its log may end before that, or after it."""
+    _, run, _, _ = run_main("log.interval=100")
+    (run / "summary.json").unlink()
+    assert read_lines(run)[-2]["step"] == 12
+    for steps in (8, 0):  # two are kept
+        shutil.rmtree(max(run.glob("checkpoints/step-*")))
+        assert rows(run)[0].split()[1:6] == ["stopped,", "step", str(steps), "of", "12"]
 
 
 def test_a_failed_run_that_goes_on_is_no_longer_failed(run_main, rows):
