@@ -23,9 +23,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from moe.config.command_line import DONE, INTERRUPTED, command, end_on_ctrl_c
 from moe.config.train_arguments import check_arguments, read_arguments
+from moe.data.files import check_files
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    check_arguments()
+    check_arguments(check_files)
     end_on_ctrl_c()
 
 from moe.accounting.counts import count_parameters

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from moe.config.command_line import DONE, OneLineParser, command
@@ -10,6 +11,7 @@ from moe.config.errors import ConfigError
 from moe.config.loading import changed, dump_config, load_config
 from moe.config.reference import help_text
 from moe.config.schema import Config
+from moe.config.sections import DataConfig
 
 DEFAULT_CONFIG = Path("configs") / "tiny.yaml"  # in the folder of train.py
 
@@ -59,19 +61,24 @@ def read_arguments(arguments: list[str], root: Path) -> Config | None:
     return config
 
 
-@command
-def _say_what_is_wrong(arguments: list[str]) -> int:
-    config = read_arguments(arguments, Path(sys.argv[0]).parent)
-    if config is None:
-        sys.exit(DONE)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{config.run.dir}: loading PyTorch and DeepSpeed", flush=True)
-    return DONE
+def check_arguments(check_data: Callable[[DataConfig], None]) -> None:
+    """End this process if its command line is wrong or asks for help; else say that it starts.
 
+    Args:
+        check_data: refuses a section `data` whose files are not here.
+    """
 
-def check_arguments() -> None:
-    """End this process if its command line is wrong or asks for help; else say that it starts."""
-    if code := _say_what_is_wrong(sys.argv[1:]):
+    @command
+    def say_what_is_wrong(arguments: list[str]) -> int:
+        config = read_arguments(arguments, Path(sys.argv[0]).parent)
+        if config is None:
+            sys.exit(DONE)
+        check_data(config.data)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{config.run.dir}: loading PyTorch and DeepSpeed", flush=True)
+        return DONE
+
+    if code := say_what_is_wrong(sys.argv[1:]):
         sys.exit(code)
 
 

@@ -33,6 +33,24 @@ _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text", ".tex", ".c", ".h", ".h
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 
 
+def check_files(data: DataConfig) -> None:
+    """Refuse a section whose sources name files that are not here; whether they hold text shows later.
+
+    Raises:
+        ConfigError: under the key of the first one.
+    """
+    named = [("data.source", data.source)]
+    if data.sources:
+        named = [(f"data.sources.{name}.source", one.source) for name, one in data.sources.items()]
+    named += [("data.extra_validation", source) for source in data.extra_validation.values()]
+    for key, source in [*named, ("data.validation", data.validation)]:
+        if source not in (None, "stdlib"):
+            try:
+                find_files(data.model_copy(update={"source": source}))
+            except ConfigError as error:
+                raise ConfigError(key, error.message) from None
+
+
 def find_files(data: DataConfig) -> list[str] | None:
     """The files that `data.source` names, in a fixed order; None if it looks like a hub name.
 

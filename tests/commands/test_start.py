@@ -40,6 +40,12 @@ def test_help_and_refusals_come_before_torch_is_imported(without_torch):
     code, out, err = without_torch("moe.top_k=9")
     assert (code, out) == (2, "")
     assert err == "error: moe.top_k: 9 is more than moe.num_experts (8); lower it or add experts\n"
+    for key in ("data.source", "data.validation", "data.extra_validation.a"):
+        code, out, err = without_torch(f"{key}=missing.txt")
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: {key.removesuffix('.a')}: no such file: missing.txt; give a path")
+    code, _, err = without_torch("data.sources.a.source=missing.txt", "data.sources.a.weight=1")
+    assert err.startswith("error: data.sources.a.source: no such file: missing.txt; give a path")
 
 
 def test_one_rank_says_that_it_starts_before_torch_is_imported(without_torch):
