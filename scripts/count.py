@@ -65,7 +65,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description="What a model is and what it costs: parameters, FLOPs, memory, time, money, energy.",
     )
     add = parser.add_argument
-    add("items", nargs="*", metavar="CONFIG | key=value", help="YAML files; overrides for all of them")
+    items_help = "YAML files or folders of runs; overrides for all of them"
+    add("items", nargs="*", metavar="CONFIG | RUN | key=value", help=items_help)
     hf_help = "a config.json, a model folder or a name on the Hugging Face hub"
     add("--hf", action="append", default=[], metavar="PATH", help=hf_help)
     add("--json", action="store_true", help="print JSON")
@@ -82,7 +83,7 @@ def count(paths: list[Path], overrides: list[str], options: argparse.Namespace) 
     """The models in the order of the command line."""
     if options.seq_len:
         overrides = [*overrides, f"data.seq_len={options.seq_len}", f"model.max_seq_len={options.seq_len}"]
-    for path in paths:
+    for path in map(config_file, paths):
         config = with_vocabulary(load_config(path, overrides))
         name = config.run.name if "name" in config.run.model_fields_set else path.stem
         yield replace(count_parameters(config), name=name), config
@@ -91,6 +92,15 @@ def count(paths: list[Path], overrides: list[str], options: argparse.Namespace) 
 
         for source in options.hf:
             yield count_huggingface(source, options.seq_len or 4096), None
+
+
+def config_file(path: Path) -> Path:
+    """The YAML file, that of the folder if it is a run's."""
+    if (path / "config.yaml").is_file():
+        return path / "config.yaml"
+    if path.suffix == ".json" or (path / "config.json").is_file():
+        raise ConfigError("CONFIG", f"{path} is not a YAML file; for a Hugging Face model, write --hf {path}")
+    return path
 
 
 def cost_rates(overrides: list[str], hf: list[str]) -> CostConfig:

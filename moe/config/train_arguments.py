@@ -14,6 +14,7 @@ from moe.config.schema import Config
 from moe.config.sections import DataConfig
 
 DEFAULT_CONFIG = Path("configs") / "tiny.yaml"  # in the folder of train.py
+_YAML = (".yaml", ".yml")
 
 
 def read_arguments(arguments: list[str], root: Path) -> Config | None:
@@ -31,8 +32,8 @@ def read_arguments(arguments: list[str], root: Path) -> Config | None:
     )
     items_help = f"a YAML file (default {DEFAULT_CONFIG}) or a run's folder, and overrides, in any order"
     parser.add_argument("items", nargs="*", metavar="CONFIG | RUN | key=value", help=items_help)
-    help_help = "print this and all keys, or the keys of a section such as moe, and exit"
-    parser.add_argument("-h", "--help", nargs="?", const="", metavar="SECTION", help=help_help)
+    help_help = "print this and all keys, or those of a section such as moe, or a key such as optim.lr; exit"
+    parser.add_argument("-h", "--help", nargs="?", const="", metavar="SECTION | KEY", help=help_help)
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from DeepSpeed's launcher
     options = parser.parse_intermixed_args(arguments)
@@ -48,10 +49,11 @@ def read_arguments(arguments: list[str], root: Path) -> Config | None:
     path, run = Path(paths[0]) if paths else root / DEFAULT_CONFIG, None
     if path.is_dir():
         if not (path / "config.yaml").is_file():
-            raise ConfigError(
-                "RUN", f"{path} is not a run's folder; give one such as runs/tiny, or a YAML file"
-            )
+            fix = "give one such as runs/tiny, or a YAML file"
+            raise ConfigError("RUN", f"{path} is not a run's folder; {fix}; {_as_source(path)}")
         path, run = path / "config.yaml", path
+    elif path.is_file() and path.suffix not in _YAML:
+        raise ConfigError("CONFIG", f"{path} is not a YAML file; {_as_source(path)}")
     config = load_config(path, overrides)
     if run is not None:  # which may have been moved since it began
         config = changed(config, {"run.dir": str(run)})
@@ -82,8 +84,12 @@ def check_arguments(check_data: Callable[[DataConfig], None]) -> None:
         sys.exit(code)
 
 
+def _as_source(path: Path) -> str:
+    return f"to train on its text, write data.source={path}"
+
+
 def _is_override(item: str) -> bool:
     """Whether an item is an override. A path can have an equals sign too, as in `runs/num_experts=8`."""
-    if item.endswith((".yaml", ".yml")) or Path(item).is_dir():
+    if item.endswith(_YAML) or Path(item).exists():
         return False
     return "=" in item or item.partition(".")[0] in Config.model_fields  # without a value it is refused later

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from moe.config import dump_config, load_config
 from scripts.count import main
 from tests.support.commands import exit_code
 from tests.support.paths import ROOT
@@ -92,6 +93,21 @@ def test_without_a_run_name_the_file_names_the_model(capsys, tmp_path):
     assert (
         json.loads(run(capsys, tmp_path / "mine.yaml", "data.tokenizer=bytes", "--json")[1])["name"] == "mine"
     )
+
+
+def test_the_folder_of_a_run_is_counted_by_its_configuration(capsys, tmp_path):
+    config = load_config(ROOT / "configs" / "tiny.yaml", ["run.name=mine", "moe.num_experts=16"])
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    record = json.loads(run(capsys, tmp_path, "--json")[1])
+    assert (record["name"], record["total"]) == ("mine", 3_675_264 + 4 * 8 * (3 * 128 * 256 + 128))
+
+
+def test_a_hugging_face_model_in_the_place_of_a_configuration_gets_a_hint(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "config.json"):
+        code, _, err = run(capsys, path)
+        fix = f"for a Hugging Face model, write --hf {path}"
+        assert (code, err) == (2, f"error: CONFIG: {path} is not a YAML file; {fix}\n")
 
 
 def test_a_table_of_the_zoo_takes_less_than_five_seconds_and_no_torch():

@@ -62,6 +62,8 @@ def test_help_says_which_values_a_key_may_have(capsys):
     assert [line.split(".")[0].strip() for line in lines] == ["moe"] * 10
     assert any(line.split()[:4] == ["moe.num_experts", "int", ">", "0"] for line in lines)
     assert any(" ".join(line.split()).startswith("moe.capacity_factor float > 0 | null =") for line in lines)
+    assert train.main(["--help", "moe.top_k"]) == 0
+    assert capsys.readouterr().out.splitlines() == [line for line in lines if "moe.top_k " in line]
     assert train.main(["--help", "data"]) == 0
     shown = capsys.readouterr().out
     assert " ".join(shown.split("data.validation_share")[1].split()[:8]) == "float >= 0 and < 1 = 0.05"
