@@ -62,15 +62,15 @@ def test_losses_on_further_texts_are_in_the_first_table(tmp_path):
         write_run(run, [*SHAPES["8"][0], "data.extra_validation.news=news.txt"], seed, 2.9)
         with (run / "metrics.jsonl").open("a") as file:
             file.write(f'{{"step": 1200, "tokens": 1, "eval/loss": 2.9, "eval/news/loss": {loss}}}\n')
-    write_run(tmp_path / "b", SHAPES["8"][0], 0, 2.9)
+    write_run(tmp_path / "0", SHAPES["8"][0], 0, 2.9)
     said = write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
-    quality = page.split("<h2>Quality</h2>")[1].split("<details>")[0]
+    quality = page.split("<h2>Quality</h2>")[2].split("<details>")[0]
     assert '<td data-title="loss on news">1.6250</td>' in quality
     with (tmp_path / "results.csv").open() as file:
-        assert [row["loss/news"] for row in csv.DictReader(file)] == ["1.625", ""]
+        assert [row["loss/news"] for row in csv.DictReader(file)] == ["", "1.625"]
     assert [line.split(": tiny ends at")[0] for line in said if ": tiny ends at" in line] == [
-        'data.extra_validation={"news": "news.txt"}', "data.extra_validation={}",
+        "data.extra_validation={}", 'data.extra_validation={"news": "news.txt"}',
     ]  # fmt: skip
 
 

@@ -5,10 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 import train
+from moe.config.command_line import command, end_on_ctrl_c
 from tests.support.launching import stopped_at_the_end
 from tests.support.paths import ROOT, TRAIN
 from tests.support.runs import assert_same_run
@@ -27,6 +31,27 @@ for command in {commands}:
     assert not slow & set(sys.modules), (command, slow & set(sys.modules))
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=ROOT)
+
+
+def test_a_command_that_has_begun_is_interrupted_by_an_exception():
+    """So that it can remove and release what it holds; before that, Ctrl-C ends the process at once."""
+    handlers = []
+    begin = command(lambda _: handlers.append(signal.getsignal(signal.SIGINT)) or 0)
+    with patched_signal(signal.SIGINT, signal.default_int_handler):
+        end_on_ctrl_c()
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        assert begin([]) == 0
+    with patched_signal(signal.SIGINT, signal.SIG_IGN):  # as a job in the background has it
+        end_on_ctrl_c()
+        assert begin([]) == 0
+    assert handlers == [signal.default_int_handler, signal.SIG_IGN]
+
+
+@contextmanager
+def patched_signal(number: signal.Signals, handler: Any) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    yield
+    signal.signal(number, before)
 
 
 @pytest.mark.slow
