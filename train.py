@@ -23,10 +23,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # A GPU's memory is otherwise lost in pieces, as the experts' rows are of another number in every step.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
+from moe.config.command_line import DONE, INTERRUPTED, command, end_on_ctrl_c
 from moe.config.train_arguments import check_arguments, read_arguments
+from moe.data.files import check_files
 
-if __name__ == "__main__":
-    check_arguments()  # before torch is imported, which takes seconds
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    check_arguments(check_files)
+    end_on_ctrl_c()
 
 import torch
 
@@ -37,7 +40,6 @@ from moe.checkpoint.manifest import Info
 from moe.checkpoint.reading import Checkpoint, newest_checkpoint
 from moe.checkpoint.saving import Save, set_aside_newer
 from moe.config import Config, ConfigError, RunError, changed
-from moe.config.command_line import DONE, INTERRUPTED, command
 from moe.data.amounts import corpus_warnings
 from moe.data.batches import read_batches
 from moe.data.samples import samples_of_step
@@ -55,7 +57,7 @@ from moe.runs.environment import check_installed, compile_failure, describe_envi
 from moe.runs.loss_plot import plot_losses
 from moe.runs.metrics_log import read_metrics
 from moe.runs.progress import Progress
-from moe.runs.resuming import all_damaged, check_continues, open_run, with_recorded_revisions
+from moe.runs.resuming import all_damaged, check_continues, open_run, what_is_saved, with_recorded_revisions
 from moe.runs.run_folder import RunFolder
 from moe.runs.summary import overfitting, overview, summarize
 from moe.training.engine import Engine, start
@@ -292,8 +294,8 @@ def check_finite(loss: float, done: int) -> None:
     """Stop the run before a checkpoint is saved whose validation loss is not finite."""
     if not math.isfinite(loss):
         raise RunError(
-            f"step {done}: eval/loss is {loss}; nothing of this step was saved, earlier checkpoints can be "
-            "loaded. Start a new run with a lower optim.lr or optim.grad_clip"
+            f"step {done}: eval/loss is {loss}; nothing of this step was saved. Start a new run with a lower "
+            "optim.lr or optim.grad_clip"
         )
 
 
@@ -303,18 +305,19 @@ def main(arguments: list[str]) -> int:
     config = read_arguments(arguments, Path(__file__).parent)
     if config is None:
         return DONE
+    folder = RunFolder(Path(config.run.dir).expanduser())
     try:
         return train(config)
     except BrokenPipeError:
         raise
     except (RuntimeError, OSError) as error:
-        problem = compile_failure(error, RunFolder(Path(config.run.dir)))
+        problem = compile_failure(error, folder)
         problem = problem or (why_lost(error) if isinstance(error, RuntimeError) else str(error))
         if problem is None:
             raise
-        raise RunError(f"{problem}; what was saved before can be loaded") from None
+        raise RunError(f"{problem}; {what_is_saved(folder)}") from None
     except KeyboardInterrupt:
-        print("interrupted; what was saved before can be loaded", file=sys.stderr)
+        print(f"interrupted; {what_is_saved(folder)}", file=sys.stderr)
         return INTERRUPTED
 
 

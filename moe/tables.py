@@ -30,6 +30,13 @@ def plain(number: float) -> str:
     return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
+def duration(seconds: float) -> str:
+    """A time to read aloud."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
 def gib(size: float) -> str:
     """Bytes as GiB, for tables."""
     return f"{size / 2**30:,.2f} GiB"

@@ -16,17 +16,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moe.config.command_line import INTERRUPTED, OneLineParser, command, end_on_ctrl_c, positive_int
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while torch is imported, which takes seconds
+
 from moe.ablation.ablation_folder import AblationFolder
 from moe.ablation.cells import GRANULARITY, Cell, plan_cells, shortened
-from moe.ablation.estimate import plan_table, seconds_per_run
+from moe.ablation.estimate import START_SECONDS, plan_table, seconds_per_run
 from moe.ablation.race import plan_race, race_table, uncertain
 from moe.ablation.runner import AblationRunner, Conditions, Task, stopped_by_signals
 from moe.ablation.step_times import ROUNDS, measure_step_times
 from moe.config import Config, ConfigError, RunError, load_config, override_value
-from moe.config.command_line import INTERRUPTED, OneLineParser, command, positive_int
 from moe.data.tokenizer import with_vocabulary
 from moe.distributed.launch import choose_device
-from moe.tables import align, plain, short
+from moe.tables import align, duration, short
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 QUICK = 10  # times fewer steps
@@ -164,19 +168,22 @@ def show_plan(
 ) -> None:
     """Print what will be trained, and how long it takes: as measured in a race, else roughly, on a CPU."""
     raced = [cell.planned_seconds for cell in cells if cell.planned_seconds is not None]
-    seconds = raced or (seconds_per_run(cells, config) if conditions.threads else None)
+    known = raced or (seconds_per_run(cells, config) if conditions.threads else None)
+    seconds = known and [START_SECONDS + of_cell for of_cell in known]
     print(align(list(plan_table(cells, device, seconds))))
     if raced:
         print(align(list(race_table(cells, config))))
         if warning := uncertain(cells):
             print(f"warning: {warning}")
     fewest, most = (short(limit(cell.tokens for cell in cells)) for limit in (min, max))
-    duration = "the time was not estimated: see scripts/count.py --gpu"
+    time = "the time was not estimated: see scripts/count.py --gpu"
     if seconds:
-        minutes = plain(sum(seconds) * num_seeds / conditions.jobs / 60)
-        duration = f"about {minutes} minutes, {conditions.jobs} at a time, evaluation not counted"
+        total = duration(sum(seconds) * num_seeds / conditions.jobs)
+        start = f"the start of a run counted as {START_SECONDS} seconds"
+        time = f"about {total}, {conditions.jobs} at a time, {start}"
+        time += ", evaluation not counted" if raced else ""
     tokens = most if fewest == most else f"{fewest} to {most}"
-    print(f"{len(cells) * num_seeds} runs of {tokens} tokens; {duration}")
+    print(f"{len(cells) * num_seeds} runs of {tokens} tokens; {time}")
 
 
 def train_and_report(runner: AblationRunner, tasks: list[Task], folder: AblationFolder) -> int:

@@ -17,6 +17,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from moe.config.command_line import OneLineParser, command, end_on_ctrl_c, positive, positive_int
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while torch is imported, which takes seconds
+
 import torch
 
 from moe.benchmark.contenders_by_name import CONTENDERS, check_names, is_comparable
@@ -28,7 +33,6 @@ from moe.benchmark.processes import ALWAYS_OWN_PROCESS, layer_device, running_co
 from moe.benchmark.speed_tables import dispatch_rows, generation_rows, layer_rows, step_rows
 from moe.benchmark.step_speed import TrainingLoop, measure_steps
 from moe.config import ConfigError, load_config
-from moe.config.command_line import OneLineParser, command, positive, positive_int
 from moe.data.tokenizer import with_vocabulary
 from moe.distributed.launch import keep_freed_memory, leave
 from moe.inference.trained_run import load_run

@@ -7,6 +7,7 @@ python scripts/count.py configs/zoo/olmoe_1b_7b.yaml --gpu h100 --gpus 8 --token
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from moe.config.command_line import OneLineParser, command, fraction, positive, 
 from moe.data.tokenizer import with_vocabulary
 from moe.tables import align, gib
 
+GPUS = 8  # without --gpus
 Counted = tuple[ModelCounts, Config | None]  # None: a model of --hf
 
 
@@ -55,6 +57,8 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(records[0] if len(records) == 1 else records, indent=1))
     else:
         show([model for model, _ in models], records, gpu)
+        if gpu is not None and options.gpus is None:
+            print(f"{GPUS} GPUs are assumed; --gpus sets another number")
     return 0
 
 
@@ -65,14 +69,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description="What a model is and what it costs: parameters, FLOPs, memory, time, money, energy.",
     )
     add = parser.add_argument
-    add("items", nargs="*", metavar="CONFIG | key=value", help="YAML files; overrides for all of them")
+    items_help = "YAML files or folders of runs; overrides for all of them"
+    add("items", nargs="*", metavar="CONFIG | RUN | key=value", help=items_help)
     hf_help = "a config.json, a model folder or a name on the Hugging Face hub"
     add("--hf", action="append", default=[], metavar="PATH", help=hf_help)
     add("--json", action="store_true", help="print JSON")
-    seq_len_help = "tokens per sequence (default: the configuration's; 4096 for --hf)"
+    seq_len_help = "tokens per sequence (default: the configuration's; for --hf at most 4096)"
     add("--seq-len", type=positive_int, help=seq_len_help)
     add("--gpu", help=f"memory and cost on one of {GPU_NAMES}")
-    add("--gpus", type=positive_int, help="how many of them (default 8)")
+    add("--gpus", type=positive_int, help=f"how many of them (default {GPUS})")
     add("--tokens", type=positive, help="of the training run (default: those of the configuration)")
     add("--mfu", type=fraction, help="utilisation to assume (default 0.4)")
     return parser.parse_intermixed_args(arguments)
@@ -82,7 +87,7 @@ def count(paths: list[Path], overrides: list[str], options: argparse.Namespace) 
     """The models in the order of the command line."""
     if options.seq_len:
         overrides = [*overrides, f"data.seq_len={options.seq_len}", f"model.max_seq_len={options.seq_len}"]
-    for path in paths:
+    for path in map(config_file, paths):
         config = with_vocabulary(load_config(path, overrides))
         name = config.run.name if "name" in config.run.model_fields_set else path.stem
         yield replace(count_parameters(config), name=name), config
@@ -90,7 +95,16 @@ def count(paths: list[Path], overrides: list[str], options: argparse.Namespace) 
         from moe.accounting.huggingface import count_huggingface  # needs torch and transformers
 
         for source in options.hf:
-            yield count_huggingface(source, options.seq_len or 4096), None
+            yield count_huggingface(source, options.seq_len), None
+
+
+def config_file(path: Path) -> Path:
+    """The YAML file, that of the folder if it is a run's."""
+    if (path / "config.yaml").is_file():
+        return path / "config.yaml"
+    if path.suffix == ".json" or (path / "config.json").is_file():
+        raise ConfigError("CONFIG", f"{path} is not a YAML file; for a Hugging Face model, write --hf {path}")
+    return path
 
 
 def cost_rates(overrides: list[str], hf: list[str]) -> CostConfig:
@@ -106,11 +120,15 @@ def on_gpus(
     model: ModelCounts, config: Config | None, rates: CostConfig, gpu: GPU, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Cost of the training run, and where the configuration is ours, its topologies, best first."""
-    gpus, mfu, tokens, found = options.gpus or 8, options.mfu or 0.4, options.tokens, []
+    gpus, mfu, tokens, found = options.gpus or GPUS, options.mfu or 0.4, options.tokens, []
     if config is not None:
         rates = config.cost
         own = (config.parallel.ep_size, config.parallel.zero_stage, config.train.activation_checkpointing)
-        for place in placements(config, gpus, gpu.memory):
+        try:
+            places = placements(config, gpus, gpu.memory)
+        except ConfigError as error:
+            raise ConfigError(error.key, f"{error.message}, or another --gpus than {gpus}") from None
+        for place in places:
             is_own = own == (place.ep_size, place.zero_stage, place.activation_checkpointing)
             found.append(place.record() | {"yours": is_own})
         if {"steps", "global_batch_size"} <= config.train.model_fields_set:
@@ -131,7 +149,10 @@ def on_gpus(
 def show(models: list[ModelCounts], records: list[dict[str, Any]], gpu: GPU | None) -> None:
     """Print the tables."""
     print(align(list(overview_rows(models))))
-    print("active in three conventions; GFLOP per token, at each model's sequence length")
+    [(usual, _)] = Counter(model.seq_len for model in models).most_common(1)
+    others = [f"{model.name}: {model.seq_len:,}" for model in models if model.seq_len != usual]
+    lengths = f"{usual:,} tokens" + (f" ({', '.join(others)})" if others else "")
+    print(f"active in three conventions; GFLOP per token, in sequences of {lengths}")
     if len(models) == 1:
         print("\n" + align(list(part_rows(models[0]))))
         print("".join(f"{line}\n" for line in layer_lines(models[0])), end="")

@@ -9,10 +9,14 @@ and compares. Widths are reduced unless --real-shapes; experts, routing, precisi
 import sys
 from pathlib import Path
 
+from moe.config.command_line import OneLineParser, command, end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while torch is imported, which takes seconds
+
 import torch
 
 from moe.config import load_config
-from moe.config.command_line import OneLineParser, command
 from moe.data.token_cache import prepare_corpus
 from moe.data.tokenizer import vocabulary_size
 from moe.distributed.launch import choose_device

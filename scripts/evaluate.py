@@ -5,10 +5,23 @@ python scripts/evaluate.py RUN FILE... [--text-field FIELD] [--encoding NAME] [-
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from moe.config import parse_config
+from moe.config import Config, ConfigError, parse_config
 from moe.config.command_line import DONE, OneLineParser, command, positive_int
+from moe.data.files import check_files
 from moe.tables import align
+
+# Keys and advice of train.py, and what they are here.
+_HERE = {
+    "data.text_field": "--text-field",
+    "data.encoding": "--encoding",
+    "data.source": "FILE",
+    "; fix it, or skip such records with data.on_bad_record=skip": "; fix it, or name another field",
+    "; choose with data.suffixes": "; give a glob such as 'FOLDER/*.txt'",
+    "the name, data.subset and the network": "the name and the network",
+}
 
 
 @command
@@ -26,14 +39,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     how = {"text_field": options.text_field, "encoding": options.encoding}
-    texts = {name: parse_config({"data": {"source": name} | how}).data for name in options.files}
+    for name in options.files:
+        if "=" in name and name.partition(".")[0] in Config.model_fields:
+            raise ConfigError(name, "evaluate.py takes no overrides; see evaluate.py --help")
+    with _errors_in_its_own_words():
+        texts = {name: parse_config({"data": {"source": name} | how}).data for name in options.files}
+        for data in texts.values():
+            check_files(data)
 
     # Imported here, since torch takes a second.
     from moe.inference.perplexity import predict
     from moe.inference.trained_run import load_run
 
     run = load_run(options.run, options.device)
-    found = {name: predict(run, data, options.stride) for name, data in texts.items()}
+    with _errors_in_its_own_words():
+        found = {name: predict(run, data, options.stride) for name, data in texts.items()}
     if options.json:
         print(json.dumps({name: prediction.record() for name, prediction in found.items()}, indent=1))
         return DONE
@@ -55,6 +75,18 @@ def main(arguments: list[str]) -> int:
     ]
     print(align([header, *rows]))
     return DONE
+
+
+@contextmanager
+def _errors_in_its_own_words() -> Iterator[None]:
+    """Name options instead of keys, and leave out advice that only train.py takes."""
+    try:
+        yield
+    except ConfigError as error:
+        message = error.message
+        for theirs, ours in _HERE.items():
+            message = message.replace(theirs, ours)
+        raise ConfigError(_HERE.get(error.key, error.key), message) from None
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moe.config import ConfigError
 from moe.config.command_line import DONE, OneLineParser, command
+from moe.data.files import unicode_encoding
 
 
 @command
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help=seed_help)
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     options = parser.parse_args(arguments)
-    prompts = [_as_text(prompt.encode("utf-8", "surrogateescape")) for prompt in options.prompt]
+    prompts = [_as_text(prompt.encode("utf-8", "surrogateescape"), "utf-8") for prompt in options.prompt]
     prompts += [_read(name) for name in options.prompt_file]
 
     # Imported here, since torch takes a second.
@@ -45,9 +46,11 @@ def main(arguments: list[str]) -> int:
     prompts = prompts or [""]
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
-        for _, piece in stream(run, prompts, sampling):
-            print(piece, end="", flush=True)
-        print()
+        try:
+            for _, piece in stream(run, prompts, sampling):
+                print(piece, end="", flush=True)
+        finally:
+            print(flush=True)  # at Ctrl-C as well
         return DONE
     for number, text in enumerate(generate(run, prompts, sampling), 1):
         print(f"----- {number}\n{text}")
@@ -57,14 +60,15 @@ def main(arguments: list[str]) -> int:
 def _read(name: str) -> str:
     """The text of a file or of standard input."""
     try:
-        return _as_text(sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes())
+        text = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
         raise ConfigError("--prompt-file", f"{name}: {error.strerror}") from None
+    return _as_text(text, unicode_encoding(text))
 
 
-def _as_text(text: bytes) -> str:
-    """Bytes that are not UTF-8 become the replacement character."""
-    return text.decode("utf-8", "replace")
+def _as_text(text: bytes, encoding: str) -> str:
+    """What is not text in this encoding becomes the replacement character."""
+    return text.decode(encoding, "replace")
 
 
 if __name__ == "__main__":

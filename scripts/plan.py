@@ -37,7 +37,10 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(models, indent=1))
         return 0
     optimum = f"{short(size)} parameters and {short(tokens)} tokens"
-    print(f"{budget.flops_at(budget.mfu):.3g} FLOPs: a dense model does best with {optimum}")
+    print(
+        f"{budget.flops_at(budget.mfu):.3g} FLOPs: a dense model does best with {optimum}; the table has the "
+        "nearest shape and counts attention"
+    )
     print(align(list(budget_rows(models))))
     print("\n".join(budget_notes(models, budget)))
     return 0

@@ -57,7 +57,8 @@ def _plot(runs: list[ListedRun], path: Path) -> None:
     try:
         plot_runs(runs, path)
     except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture's
-        raise ConfigError("--plot", f"cannot write {path} ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError("--plot", f"cannot write {path} ({reason})") from None
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from moe.config import Config, ConfigError, load_config
 from moe.config.command_line import INTERRUPTED, OneLineParser, command, positive_int
+from moe.data.building import Build
 from moe.data.chunks import CHUNK
 from moe.data.token_cache import plan_build, prepare_corpus
 
@@ -35,9 +36,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(list(arguments))
     path, *overrides = options.items
     config = load_config(Path(path), overrides)
-    started = time.perf_counter()
+    started, build = time.perf_counter(), plan_build(config)
+    known = build.is_published()
     try:
-        tokenize(config, options.processes)
+        if not known:
+            tokenize(config, build, options.processes)
         corpus = prepare_corpus(config)
     except KeyboardInterrupt:
         print("interrupted; started again, it goes on", file=sys.stderr)
@@ -46,15 +49,13 @@ def main(arguments: Sequence[str]) -> int:
         for source, tokens in text.sources.items():
             of_source = f" of {source}" if config.data.sources else ""
             print(f"{len(tokens):,} {name} tokens{of_source}")
-    print(f"{time.perf_counter() - started:.1f} s; {plan_build(config).folder}")
+    took = "was tokenized before" if known else f"{time.perf_counter() - started:.1f} s"
+    print(f"{took}; {build.folder}")
     return 0
 
 
-def tokenize(config: Config, processes: int) -> None:
+def tokenize(config: Config, build: Build, processes: int) -> None:
     """Tokenize what is missing with so many processes, each of one thread."""
-    build = plan_build(config)
-    if build.is_published():
-        return
     build.make_tokenizer()  # on all cores
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}  # of the processes
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:

@@ -165,6 +165,7 @@ def rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
             "seconds_to_baseline": comparison.baseline and cell.time_relative_to(comparison.baseline),
             "planned_step_ms": planned and 1000 * planned / steps,
             "planned_seconds": planned,
+            **{f"loss/{name}": loss for name, loss in cell.losses_by_text.items()},
         }
 
 

@@ -19,7 +19,9 @@ def conclusions(comparison: Comparison) -> Iterator[str]:
     """Sentences on what the runs support and what they do not."""
     cells, baseline = comparison.cells, comparison.baseline
     if len(cells) == 1:
-        yield f"{cells[0].label} cannot be compared: no other run has the same settings outside moe.*."
+        settings = f": {comparison.title}" if comparison.title else ""
+        problem = f"no other run has the same settings outside moe.*{settings}"
+        yield f"{cells[0].label} cannot be compared: {problem}."
         return
     if comparison.is_race and baseline is not None:
         yield from _fairness(comparison, baseline)
@@ -31,9 +33,10 @@ def conclusions(comparison: Comparison) -> Iterator[str]:
     said += _equivalents(comparison)
     yield from said
     if intervals := sum(one.count(" [") for one in said):
+        here = "is one interval" if intervals == 1 else f"are {intervals} intervals"
         yield (
-            f"There are {intervals} intervals of 95 % here. On average, one in twenty such intervals does "
-            "not hold the true value."
+            f"There {here} of 95 % here. On average, one in twenty such intervals does not hold the true "
+            "value."
         )
     if baseline is not None:
         others = [cell for cell in cells if cell is not baseline]
@@ -90,9 +93,10 @@ def _against_dense(comparison: Comparison, baseline: CellResult) -> Iterator[str
     if none := [cell.label for cell, difference in others if difference is None]:
         yield f"No seed in common with {baseline.label}, so not compared: {'; '.join(none)}."
     if halves := [half for cell, _, half in known if not cell.is_dense]:
+        reach = " to ".join(dict.fromkeys(f"{half:.4f}" for half in (min(halves), max(halves))))
         yield (
-            f"The 95 % intervals of sparse models extend {min(halves):.4f} to {max(halves):.4f} nats to each "
-            "side of the mean, so smaller differences cannot be resolved."
+            f"The 95 % intervals of sparse models extend {reach} nats to each side of the mean, so smaller "
+            "differences cannot be resolved."
         )
     pairs = product(comparison.sparse, [cell for cell in comparison.dense if cell is not baseline])
     same_total = [(a, b) for a, b in pairs if abs(a.counts.total / b.counts.total - 1) <= TOLERANCE]

@@ -1,5 +1,6 @@
 """The plan of an ablation as a table, and its estimated time on a CPU."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -13,19 +14,27 @@ from moe.model.transformer import Transformer
 from moe.tables import gib, plain
 
 UPDATE_SECONDS = 1.5e-9  # of the update per parameter on one thread, measured with 4M to 15M parameters
+START_SECONDS = 9  # of a run beside another one: loading PyTorch and DeepSpeed, opening text, the summary
 LARGEST = 50e6  # most parameters of a model whose forward and backward pass is timed
 
 
 def seconds_per_run(cells: Sequence[Cell], config: Config) -> list[float] | None:
-    """Seconds per run of each cell on one thread of this CPU; None if the reference `config` is too large."""
+    """Seconds of training and evaluation per run of each cell, on one thread of this CPU.
+
+    None if the reference `config` is too large.
+    """
     counts = count_parameters(config)
     if counts.total > LARGEST:
         return None
     micro_batch = config.train.micro_batch_size * config.data.seq_len
     per_flop = _seconds_per_micro_batch(config) / (micro_batch * counts.flops_per_token_train)
-    batch, steps = config.train.global_batch_size * config.data.seq_len, config.train.steps
+    train, data = config.train, config.data
+    texts = 1 + len(data.sources) + len(data.extra_validation)
+    evaluated = math.ceil(train.steps / train.eval_interval) * train.eval_batches * texts
+    batches = train.steps + evaluated / 3  # they have no backward pass
+    seconds_per_flop = per_flop * batches * train.global_batch_size * data.seq_len
     sizes = [(cell.counts.flops_per_token_train, cell.counts.total) for cell in cells]
-    return [steps * (batch * flops * per_flop + UPDATE_SECONDS * total) for flops, total in sizes]
+    return [flops * seconds_per_flop + UPDATE_SECONDS * total * train.steps for flops, total in sizes]
 
 
 def _seconds_per_micro_batch(config: Config) -> float:

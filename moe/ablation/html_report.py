@@ -102,9 +102,10 @@ def write_report(root: Path) -> list[str]:
             pictures = draw_figures(comparison, root / FIGURES, f"_{number}" if len(sets) > 1 else "")
             sections.append(_section(comparison, some, sentences, pictures))
             table += some
-            said += [headline(comparison), *sentences]
+            settings = f"{comparison.title}: " if comparison.title else ""
+            said += [settings + headline(comparison), *sentences]
         with (root / "results.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, table[0])
+            writer = csv.DictWriter(file, dict.fromkeys(key for row in table for key in row))
             writer.writeheader()
             writer.writerows(table)
         title = escape(root.resolve().name)
@@ -140,6 +141,7 @@ def _section(
         "their batches and all initial weights outside experts and routers. All runs share the validation "
         "text."
     )
+    by_text = {key: (f"loss on {key[5:]}", "{:.4f}".format) for key in table[0] if key.startswith("loss/")}
     first, *others = (
         f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,'
         f'{b64encode(path.read_bytes()).decode()}"><figcaption>{escape(caption)}</figcaption></figure>\n'
@@ -155,7 +157,7 @@ def _section(
     )
     return (
         f'<p class="headline">{escape(headline(comparison))}</p>\n<p>{escape(opening)}</p>\n{first}'
-        f"<h2>Quality</h2>\n{_table(table, _QUALITY)}\n"
+        f"<h2>Quality</h2>\n{_table(table, _QUALITY | by_text)}\n"
         "<p>Loss: final validation loss, mean over seeds. Its 95 % interval includes what seeds change in "
         "all cells alike. To compare cells, use the differences to dense, which are paired by seed.</p>\n"
         f"<details><summary>Details: every comparison, time, routing, cost, more figures</summary>\n{details}"

@@ -15,7 +15,7 @@ from moe.ablation.cells import StepTime, spelled
 from moe.ablation.statistics import Interval, paired_difference
 from moe.accounting.counts import ModelCounts, count_parameters
 from moe.config import Config, ConfigError, flat_config, load_config, unused_keys
-from moe.runs.metrics_log import read_metrics
+from moe.runs.metrics_log import losses_by_text, read_metrics
 from moe.runs.resuming import sets_results
 from moe.runs.run_folder import RunFolder
 
@@ -68,6 +68,13 @@ class CellResult:
     def losses(self) -> dict[int, float]:
         """Final validation loss by seed, in nats per token."""
         return {seed: run.summary["final_eval_loss"] for seed, run in self.runs.items()}
+
+    @property
+    def losses_by_text(self) -> dict[str, float]:
+        """Final `eval/NAME/loss` by the name of the text, mean over seeds."""
+        evaluations = [[line for line in run.metrics if "eval/loss" in line] for run in self.runs.values()]
+        last = [losses_by_text(lines[-1]) for lines in evaluations]
+        return {name: statistics.mean(losses[name] for losses in last) for name in last[0]}
 
     @property
     def flops(self) -> int:
@@ -184,10 +191,10 @@ def group_runs(runs: Sequence[Run], is_compared: Callable[[str], bool]) -> list[
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """The settings in which these runs differ."""
+    """The settings in which these runs differ; one that a run does not use is no difference of it."""
     settings = [run.settings for run in runs]
     keys = settings[0] if settings else ()
-    return [key for key in keys if len({spelled(some.get(key)) for some in settings}) > 1]
+    return [key for key in keys if len({spelled(some[key]) for some in settings if key in some}) > 1]
 
 
 def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:

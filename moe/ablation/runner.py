@@ -18,6 +18,7 @@ from moe.ablation.ablation_folder import AblationFolder, try_lock
 from moe.ablation.cells import Cell
 from moe.runs.metrics_log import read_metrics
 from moe.runs.run_folder import RunFolder
+from moe.tables import duration
 
 PROGRESS_SECONDS = 60
 
@@ -165,7 +166,7 @@ class AblationRunner:
             running = dict(self._running)
         total, done = sum(task.work(task.cell.config.train.steps) for task in self._tasks), self._work()
         speed = (done - self._work_before) / (time.perf_counter() - self._started)
-        left = f", about {(total - done) / speed / 60:,.0f} minutes left" if speed > 0 else ""
+        left = f", about {duration((total - done) / speed)} left" if speed > 0 else ""
         return f"{done / total:.0%}{left}; {'; '.join(map(_steps_of, running, running.values()))}"
 
     def _stop(self) -> None:

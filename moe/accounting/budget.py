@@ -155,8 +155,12 @@ def budget_notes(models: list[dict[str, Any]], budget: Budget) -> Iterator[str]:
         f"{laws.CLARK_EXPERTS} experts. Assumed to hold for top-2 of half the width, and for these tokens."
     )
     yield (
-        f"Tokens: budget over FLOPs per token, attention included. Time: {budget.mfu:.0%} utilisation, for "
-        f"sparse models {budget.sparse_speed} of that. Energy: data-sheet power, PUE 1.1, 0.429 kg CO2e/kWh."
+        "Shape: of the widths that are multiples of 128, the one whose active parameters, without the input "
+        "embedding, are nearest to the optimum. Tokens: budget over FLOPs per token, attention included."
+    )
+    yield (
+        f"Time: {budget.mfu:.0%} utilisation, for sparse models {budget.sparse_speed} of that. Energy: "
+        "data-sheet power, PUE 1.1, 0.429 kg CO2e/kWh."
     )
     yield (
         f"Fits: peak memory of at most {gib(USABLE * budget.gpu.memory)}, {USABLE:.0%} of a GPU, with tokens "

@@ -37,18 +37,22 @@ _PART_PATTERNS = (  # the first match wins; a path looks like /self_attn:Mixtral
     ("dense_blocks", r":\w*(MLP|FFN|FeedForward|Intermediate|Output)/|/fc[12]:"),
 )
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+_GIVE = "give a config.json, a folder with one, or the name of a model on the hub"
+SEQ_LEN, _LONGEST = 4096, "max_position_embeddings"
 _HEAD_DIM = ("head_dim", "head_size", "attention_head_size")
 
 
-def count_huggingface(source: str, seq_len: int) -> ModelCounts:
-    """Count the parameters of a model, and the FLOPs per text token in a sequence of `seq_len` tokens.
+def count_huggingface(source: str, seq_len: int | None = None) -> ModelCounts:
+    """Count the parameters of a model, and the FLOPs per text token in a sequence.
 
-    `source` is a `config.json`, a folder with one, or the name of a model on the Hugging Face hub.
+    Args:
+        source: a `config.json`, a folder with one, or the name of a model on the Hugging Face hub.
+        seq_len: tokens per sequence; None: `SEQ_LEN`, or the model's `max_position_embeddings` if fewer.
 
     Raises:
         ConfigError: it is none of these, or not a causal language model that transformers can build.
     """
-    fix = "give a config.json, a folder with one, or the name of a model on the hub"
+    fix = _GIVE
     disabled = logging.root.manager.disable
     logging.disable()  # with stderr, this hides the warnings and progress bars of transformers and the hub
     try:
@@ -57,8 +61,10 @@ def count_huggingface(source: str, seq_len: int) -> ModelCounts:
             values = json.loads(file.read_text(encoding="utf-8"))
             fix = "give the config.json of a causal language model, or correct its fields"
             if values.get("model_type") == "deepseek":
-                return _count_deepseek(values, name, seq_len)
-            return _count(_build(file, values.get("model_type")), name, seq_len)
+                return _count_deepseek(values, name, seq_len or _length(values.get(_LONGEST)))
+            model = _build(file, values.get("model_type"))
+            longest = getattr(model.config.get_text_config(), _LONGEST, None)
+            return _count(model, name, seq_len or _length(longest))
     except Exception as error:  # wrong fields can make a model's code raise any exception
         if isinstance(error, ConfigError) and error.key == "--hf":
             raise
@@ -68,13 +74,20 @@ def count_huggingface(source: str, seq_len: int) -> ModelCounts:
         logging.disable(disabled)
 
 
+def _length(longest: int | None) -> int:
+    """The tokens of a sequence, if nobody says how many."""
+    return SEQ_LEN if longest is None else min(SEQ_LEN, longest)
+
+
 def _find(source: str) -> tuple[Path, str]:
     """The `config.json` of a source, and the name to show."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     path = Path(source).expanduser()
     path = path / "config.json" if path.is_dir() else path
-    if path.is_file() or path.suffix == ".json":
+    if not path.is_file() and (path.suffix == ".json" or source[:1] in "./~"):
+        raise ConfigError("--hf", f"no such file: {path}; {_GIVE}")
+    if path.is_file():
         return path, path.resolve().parent.name if path.name == "config.json" else path.stem
     cached = try_to_load_from_cache(source, "config.json") if source.count("/") == 1 else None
     if isinstance(cached, str):

@@ -4,7 +4,6 @@ Loading executes no code, since a checkpoint holds safetensors and JSON only.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe.checkpoint import manifest as manifests
+from moe.checkpoint.listing import checkpoint_path, list_checkpoints
 from moe.checkpoint.manifest import CheckpointError, Info, TensorEntry
 from moe.distributed.agreement import on_all_ranks, rank_and_size
 
 _READ_ELEMENTS = 2**20  # of a shard that are in memory in addition to the tensor that is read
 _OPEN_SHARDS = 16  # at a time; a system may allow a process few open files
-_NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,6 @@ class Checkpoint:
         return self._opened[shard]
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """The folder of the checkpoint of a step; `_NAME` reads the step back."""
-    return folder / f"step-{step:08d}"
-
-
 def open_checkpoint(folder: Path, step: int, check_content: bool) -> Checkpoint:
     """Read and check a manifest.
 
@@ -159,12 +153,3 @@ def newest_checkpoint(folder: Path, check_content: bool = True) -> tuple[Checkpo
         path = checkpoint_path(folder, step)
         warnings.append(f"checkpoint {path} is damaged ({problems[0]}); trying the one before")
     return None, warnings
-
-
-def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of complete checkpoints, newest first."""
-    if not folder.is_dir():
-        return []
-    entries = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
-    found = [(match, path) for path in entries if (match := _NAME.fullmatch(path.name))]
-    return sorted(((int(match[1]), path) for match, path in found), reverse=True)

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.checkpoint import manifest as manifests
+from moe.checkpoint.listing import checkpoint_path, list_checkpoints
 from moe.checkpoint.manifest import CheckpointError, Info, Manifest, Piece, Shard, Written
-from moe.checkpoint.reading import checkpoint_path, list_checkpoints
 from moe.distributed.agreement import on_all_ranks, rank_and_size
 
 _SHARD_BYTES = 2**28  # a GPU rank copies this much to the host at a time; a larger fragment is a shard alone

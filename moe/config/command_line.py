@@ -4,6 +4,7 @@ import argparse
 import io
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -25,6 +26,8 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     def with_exit_code(arguments: list[str]) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
+        if signal.getsignal(signal.SIGINT) is _end:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             code = main(arguments)
             sys.stdout.flush()
@@ -43,6 +46,17 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
             return BROKEN_PIPE
 
     return with_exit_code
+
+
+def end_on_ctrl_c() -> None:
+    """Let Ctrl-C end this process with one line until its `main` begins: imports have nothing to clean up."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(*_: object) -> NoReturn:
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 class OneLineParser(argparse.ArgumentParser):

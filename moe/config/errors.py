@@ -10,7 +10,7 @@ class ConfigError(ValueError):
 
 
 class RunError(Exception):
-    """The run itself failed. The message is one line; what was saved before can still be loaded."""
+    """The run itself failed. The message is one line."""
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from moe.config.errors import ConfigError, first_line
 from moe.config.schema import Config, config_fields
 
+_WRONG_TYPES = ("int_type", "int_from_float", "float_type", "bool_type", "list_type", "tuple_type", "missing")
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply overrides in order, validate.
@@ -116,7 +118,23 @@ def _one_line(error: ValidationError) -> ConfigError:
             key, f"may hold letters, digits, _, . and -, got {json.dumps(first['input'])[:80]}"
         )
     message = first["msg"].replace("Input should be", "should be").replace("Value error, ", "")
-    return ConfigError(key, f"{message}, got {json.dumps(first['input'], default=str)[:80]}")
+    message = message.replace(", got a number with a fractional part", "")
+    got = json.dumps(first["input"], default=str)[:80]
+    return ConfigError(key, f"{message}, got {got}{_right_value(key, first['type'], first['input'])}")
+
+
+def _right_value(key: str, problem: str, value: Any) -> str:
+    """What to write instead of a value of the wrong type: what was meant, or the default as an example."""
+    field = config_fields().get(key)
+    if field is None or problem not in _WRONG_TYPES:
+        return ""
+    if problem in ("list_type", "tuple_type") and isinstance(value, str):
+        return f"; write [{value}]"
+    if problem == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"; write {value:.0f}"
+    if field.default is None:
+        return "; for none, write null"
+    return "" if field.default_factory else f"; write one such as {json.dumps(field.default)}"
 
 
 def _near_miss(key: str) -> str:

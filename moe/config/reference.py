@@ -17,18 +17,22 @@ from moe.config.schema import Config, config_fields, on_resume
 START, END = "<!-- keys: start -->", "<!-- keys: end -->"
 
 
-def help_text(section: str = "") -> str:
-    """One line per dotted key of a section, or of all: values, default, meaning, for `train.py --help`.
+def help_text(of: str = "") -> str:
+    """One line per dotted key: values, default, meaning, for `train.py --help`.
+
+    Args:
+        of: a section or a key; empty: all keys.
 
     Raises:
-        ConfigError: there is no such section.
+        ConfigError: there is no such section or key.
     """
-    if section and section not in Config.model_fields:
-        raise ConfigError("--help", f"no section {section!r}; there are {', '.join(Config.model_fields)}")
+    if of and of not in {*Config.model_fields, *config_fields()}:
+        sections = ", ".join(Config.model_fields)
+        raise ConfigError("--help", f"no section or key {of!r}; the sections are {sections}")
     return "\n".join(
         f"  {key:<33} {_values(field):<29} {_default(field):<14} {field.description}"
         for key, field in config_fields().items()
-        if key.startswith(f"{section}." if section else "")
+        if not of or key == of or key.startswith(f"{of}.")
     )
 
 

@@ -37,8 +37,6 @@ def _problems(config: Config, meta: dict[str, Any], vocabulary: int) -> Iterator
     if not any(count["tokens"] for count in splits.values()):
         yield "data.source", f"{_origin(data, next(iter(splits)))} holds no text"
         return
-    if data.tokenizer.startswith("bpe:") and vocabulary < bpe_size(data.tokenizer):
-        yield "data.tokenizer", f"the corpus supports only {vocabulary} tokens; use bpe:{vocabulary} or bytes"
     for split, count in splits.items():
         for name, its in count.get("sources", {split: count}).items():
             origin, tokens = _origin(data, split, name), its["tokens"]
@@ -47,9 +45,11 @@ def _problems(config: Config, meta: dict[str, Any], vocabulary: int) -> Iterator
                 yield "data.source", f"{problem}; give more documents, or data.validation"
             elif tokens <= seq_len:
                 problem = f"{seq_len} is longer than the {split} text of {origin} ({tokens} tokens)"
-                yield "data.seq_len", f"{problem}; lower it or give more text"
+                yield "data.seq_len", f"{problem}; give more text or lower it"
             elif split == "train":
                 yield from _too_many_epochs(config, name, tokens)
+    if data.tokenizer.startswith("bpe:") and vocabulary < bpe_size(data.tokenizer):
+        yield "data.tokenizer", f"the corpus supports only {vocabulary} tokens; use bpe:{vocabulary} or bytes"
 
 
 def _origin(data: DataConfig, split: str, name: str = "") -> str:

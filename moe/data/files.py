@@ -33,6 +33,24 @@ _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text", ".tex", ".c", ".h", ".h
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 
 
+def check_files(data: DataConfig) -> None:
+    """Refuse a section whose sources name files that are not here; whether they hold text shows later.
+
+    Raises:
+        ConfigError: under the key of the first one.
+    """
+    named = [("data.source", data.source)]
+    if data.sources:
+        named = [(f"data.sources.{name}.source", one.source) for name, one in data.sources.items()]
+    named += [("data.extra_validation", source) for source in data.extra_validation.values()]
+    for key, source in [*named, ("data.validation", data.validation)]:
+        if source not in (None, "stdlib"):
+            try:
+                find_files(data.model_copy(update={"source": source}))
+            except ConfigError as error:
+                raise ConfigError(key, error.message) from None
+
+
 def find_files(data: DataConfig) -> list[str] | None:
     """The files that `data.source` names, in a fixed order; None if it looks like a hub name.
 
@@ -91,17 +109,26 @@ def open_text(path: str, encoding: str, newline: str | None = None) -> Iterator[
     Raises:
         ConfigError: while it is open, it turns out to be in another encoding, damaged, or not readable.
     """
-    if codecs.lookup(encoding).name == "utf-8":
-        encoding = "utf-8-sig"
     try:
-        with _open(path, encoding, newline) as file:
-            yield file
+        with _open(path) as raw:
+            start = raw.peek(5)
+            if start.startswith(b"%PDF-"):
+                raise ConfigError("data.source", f"{path} is a PDF, not text; extract its text first")
+            if codecs.lookup(encoding).name == "utf-8":
+                encoding = unicode_encoding(start)
+            with io.TextIOWrapper(raw, encoding, newline=newline) as file:
+                yield file
     except UnicodeError:
         problem = f"{path} is not {encoding.removesuffix('-sig')} text"
         raise ConfigError("data.encoding", f"{problem}; name its encoding, or convert or remove it") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or "damaged"
         raise ConfigError("data.source", f"cannot read {path} ({reason})") from None
+
+
+def unicode_encoding(start: bytes) -> str:
+    """UTF-16 or UTF-8, by the byte-order mark at the start of a text."""
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def text_pieces(path: str, encoding: str) -> Iterator[str]:
@@ -146,11 +173,12 @@ def _kind(path: str) -> Kind | None:
     return "text" if suffix in _TEXT_SUFFIXES else _KINDS.get(suffix)
 
 
-def _open(path: str, encoding: str, newline: str | None) -> TextIO:
+def _open(path: str) -> Any:
+    """The bytes of a file, decompressed."""
     suffix = os.path.splitext(path.lower())[1]
     if suffix == ".zst":
         import pyarrow  # with datasets
 
-        return io.TextIOWrapper(pyarrow.input_stream(path, compression="zstd"), encoding, newline=newline)
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
     opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)
-    return opener(path, "rt", encoding=encoding, newline=newline)
+    return opener(path, "rb")

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple, TextIO
 
 from moe.config import ConfigError, DataConfig, first_line
@@ -52,7 +53,7 @@ def _text_of(record: Any, field: str) -> tuple[str, str | None]:
     if not isinstance(record, dict):
         return "", f"is {_type_name(record)}, not an object with fields"
     if field not in record:
-        return "", f"no field {field!r}; the records have {', '.join(sorted(map(str, record)))}"
+        return "", f"no field {field!r}; the records have {', '.join(sorted(filter(None, record)))}"
     value = record[field]
     text = render_chat(value) if isinstance(value, list) else value
     if not isinstance(text, str):
@@ -77,7 +78,10 @@ def _records(path: str, data: DataConfig) -> Iterator[Any]:
             yield from _json(path, file)
         else:
             try:
-                yield from csv.DictReader(file, delimiter="\t" if kind == "tsv" else ",")
+                head = file.readline()
+                is_semicolon = ";" in head and "," not in head  # Excel's where decimals have a comma
+                delimiter = "\t" if kind == "tsv" else ";" if is_semicolon else ","
+                yield from csv.DictReader(chain([head], file), delimiter=delimiter)
             except csv.Error as error:
                 raise ConfigError("data.source", f"{path} cannot be read as {kind} ({error})") from None
 

@@ -54,3 +54,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def losses_by_text(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """The `eval/NAME/loss` of an evaluation line, by NAME."""
+    parts = {tuple(key.split("/")): value for key, value in evaluation.items()}
+    return {key[1]: value for key, value in parts.items() if len(key) == 3 and key[::2] == ("eval", "loss")}

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from moe.config import Config, first_line
 from moe.distributed.groups import World
-from moe.runs.metrics_log import MetricsLog
+from moe.runs.metrics_log import MetricsLog, losses_by_text
 from moe.runs.run_folder import RunFolder
 
 
@@ -64,4 +64,5 @@ class Progress:
             self._log.write(metrics)
             loss, bits = metrics["eval/loss"], metrics["eval/bits_per_byte"]
             figures = f"validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte"
+            figures += "".join(f"; {name} {its:.4f}" for name, its in losses_by_text(metrics).items())
             self._bar.write(f"step {metrics['step']}/{self._steps}: {figures}")

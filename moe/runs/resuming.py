@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+from moe.checkpoint.listing import list_checkpoints
 from moe.checkpoint.reading import newest_checkpoint
 from moe.config import (
     Config,
@@ -72,6 +73,12 @@ def with_recorded_revisions(config: Config, folder: RunFolder) -> Config:
     return changed(
         config, {key: saved[key] for key, name in of.items() if not new[key] and new[name] == saved[name]}
     )
+
+
+def what_is_saved(folder: RunFolder) -> str:
+    """What can be loaded of a run that ends early."""
+    saved = list_checkpoints(folder.checkpoints)
+    return f"the checkpoint of step {saved[0][0]} can be loaded" if saved else "no checkpoint was saved yet"
 
 
 def all_damaged(warnings: list[str]) -> ConfigError:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.accounting.counts import ModelCounts, count_parameters
+from moe.checkpoint.listing import list_checkpoints
 from moe.config import Config, load_config
 from moe.runs.metrics_log import read_metrics
 from moe.runs.run_folder import RunFolder
@@ -33,7 +34,7 @@ class ListedRun:
     Attributes:
         name: its folder, relative to the one that was searched.
         status: `training`, `stopped`, `failed` or `finished`; a run that was killed is `stopped`.
-        step: that was logged last.
+        step: that was logged last; of a run that has stopped or failed, that of its newest checkpoint.
         tokens: that it was trained on up to there.
         loss: of the last evaluation, in nats per token; None before the first one.
         tokens_per_s: median over the last steps that were logged; None before the first one.
@@ -69,12 +70,15 @@ def _look_at(path: Path, root: Path) -> ListedRun:
     elif folder.summary.exists():
         status = "finished"
     train = [line for line in metrics if "loss/lm" in line]
+    step = train[-1]["step"] if train else 0
+    if status in ("stopped", "failed"):
+        step = max((saved for saved, _ in list_checkpoints(folder.checkpoints)), default=0)
     speeds = [line["perf/tokens_per_s"] for line in train[-20:]]
     return ListedRun(
         name=str(path.relative_to(root)) if path != root else path.name,
         status=status,
-        step=train[-1]["step"] if train else 0,
-        tokens=train[-1]["tokens"] if train else 0,
+        step=step,
+        tokens=step * config.train.global_batch_size * config.data.seq_len,
         loss=next((line["eval/loss"] for line in reversed(metrics) if "eval/loss" in line), None),
         tokens_per_s=statistics.median_high(speeds) if speeds else None,
         written=folder.metrics.stat().st_mtime,

@@ -33,7 +33,7 @@ def test_sentences_distinguish_better_worse_and_unclear(ablation):
     assert "num_experts=8 0.80" in one("Tokens per second")
     assert "after 1.23M tokens per run" in one("All results")
     # By hand: the seeds of 2 experts differ from the dense ones by 0, 0.16, -0.16: t times 0.16 / sqrt(3).
-    assert f"to {4.302653 * 0.16 / 3**0.5:.4f} nats to each side" in one(
+    assert f"extend 0.0000 to {4.302653 * 0.16 / 3**0.5:.4f} nats to each side" in one(
         "The 95 % intervals of sparse models"
     )
     # 6 against dense, 1 at equal totals, 4 steps, 3 from the first, 2 exponents, 4 sizes: that of 2 experts
@@ -160,3 +160,27 @@ def test_one_seed_tells_no_dense_size(tmp_path):
         if one.startswith("The equivalent dense size of the sparse models cannot be estimated")
     )
     assert sentence.endswith("a single seed gives no interval.")
+
+
+def test_one_interval_is_spoken_of_as_one(tmp_path):
+    """By hand: the differences -0.1 and -0.3 have a standard error of 0.1; t is 12.706."""
+    for seed, loss in ((0, 2.9), (1, 2.7)):
+        write_run(tmp_path / f"a{seed}", SHAPES["dense"][0], seed, 3.0)
+        write_run(tmp_path / f"b{seed}", SHAPES["8"][0], seed, loss)
+    (found,) = comparisons_of(tmp_path)
+    said = " ".join(conclusions(found))
+    assert "intervals of sparse models extend 1.2706 nats to each side" in said
+    assert "There is one interval of 95 % here." in said
+
+
+def test_a_run_that_differs_outside_the_experts_is_told_in_which_keys(tmp_path):
+    write_run(tmp_path / "a", SHAPES["8"][0], 0, 2.9)
+    (alone,) = comparisons_of(tmp_path)
+    end = "cannot be compared: no other run has the same settings outside moe.*"
+    assert list(conclusions(alone)) == [f"tiny {end}."]
+    write_run(tmp_path / "b", [*SHAPES["dense"][0], "optim.lr=1e-3", "train.steps=600"], 0, 3.0)
+    said = [sentence for found in comparisons_of(tmp_path) for sentence in conclusions(found)]
+    assert said == [
+        f"tiny {end}: train.steps=1200, optim.lr=0.003.",
+        f"tiny {end}: train.steps=600, optim.lr=0.001.",
+    ]

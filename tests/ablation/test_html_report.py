@@ -55,6 +55,25 @@ def test_the_table_holds_every_cell_and_what_is_unfinished_or_quick_is_said(abla
     assert not (ablation / "figures" / "kwh.png").exists()
 
 
+def test_losses_on_further_texts_are_in_the_first_table(tmp_path):
+    """Of two seeds the mean, by hand. Runs without such texts are another set."""
+    for seed, loss in enumerate((1.5, 1.75)):
+        run = tmp_path / f"a{seed}"
+        write_run(run, [*SHAPES["8"][0], "data.extra_validation.news=news.txt"], seed, 2.9)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(f'{{"step": 1200, "tokens": 1, "eval/loss": 2.9, "eval/news/loss": {loss}}}\n')
+    write_run(tmp_path / "0", SHAPES["8"][0], 0, 2.9)
+    said = write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    quality = page.split("<h2>Quality</h2>")[2].split("<details>")[0]
+    assert '<td data-title="loss on news">1.6250</td>' in quality
+    with (tmp_path / "results.csv").open() as file:
+        assert [row["loss/news"] for row in csv.DictReader(file)] == ["", "1.625"]
+    assert [line.split(": tiny ends at")[0] for line in said if ": tiny ends at" in line] == [
+        "data.extra_validation={}", 'data.extra_validation={"news": "news.txt"}',
+    ]  # fmt: skip
+
+
 def test_two_sets_of_runs_are_compared_by_the_paired_t_test_over_their_seeds(tmp_path):
     """Folders of any names. The losses of both vary with the seed by ten times what tells them apart."""
     sparse, dense = [3.21, 3.65, 2.78, 3.30], [3.26, 3.68, 2.84, 3.33]

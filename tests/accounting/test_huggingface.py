@@ -514,6 +514,13 @@ def test_an_index_bounds_the_keys_that_deepseek_v32_meets(counts_of):
     assert counts.flops_by_part["attention"] == 2 * (2 * (latent + index) + scores)
 
 
+def test_sequences_are_no_longer_than_the_model_takes(counts_of):
+    gpt2 = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 9}
+    assert counts_of(gpt2 | {"n_positions": 1024}, seq_len=None).seq_len == 1024
+    assert counts_of(gpt2 | {"n_positions": 8192}, seq_len=None).seq_len == 4096
+    assert counts_of(DEEPSEEK_MOE | {"max_position_embeddings": 512}, seq_len=None).seq_len == 512
+
+
 def test_a_dense_model_has_no_idle_parameters_and_learned_positions_are_embeddings(counts_of):
     gpt2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}
     counts = counts_of(gpt2 | {"vocab_size": 50257}, seq_len=1023)
@@ -650,7 +657,7 @@ def test_forward_flops_equal_those_that_torch_counts_in_a_real_model(counts_of, 
 
 
 BAD = {  # the content of config.json, None for none; and a piece of the message
-    "no file": (None, "No such file"),
+    "no file": (None, "no such file"),
     "not JSON": ("{", "JSONDecodeError"),
     "not text": (b"\xff\xfe\x00", "UnicodeDecodeError"),
     "JSON of another kind": ([1], "causal language model"),
@@ -699,8 +706,14 @@ def test_what_cannot_be_counted_is_refused_in_one_line(tmp_path, capfd, case):
 
 
 def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):
-    with pytest.raises(ConfigError, match=r"No such file or directory: .*; give a config\.json"):
-        count_huggingface(str(tmp_path / "nowhere" / "mixtral.json"), 64)
+    (tmp_path / "empty").mkdir()
+    for source, file in {
+        "nowhere/mixtral.json": "nowhere/mixtral.json",
+        "nowhere": "nowhere",
+        "empty": "empty/config.json",
+    }.items():
+        with pytest.raises(ConfigError, match=f"^--hf: no such file: {tmp_path}/{file}; give a config.json"):
+            count_huggingface(f"{tmp_path}/{source}")
 
 
 def test_the_number_of_experts_per_token_is_never_guessed(counts_of, made_up):

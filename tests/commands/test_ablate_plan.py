@@ -4,10 +4,13 @@ import sys
 
 import pytest
 
+from moe.ablation import estimate
 from moe.ablation.ablation_folder import AblationFolder
+from moe.config import load_config
+from moe.tables import duration
 from scripts.ablate import main
 from tests.support.commands import exit_code
-from tests.support.paths import TINY
+from tests.support.paths import CONFIGS, TINY
 
 EIGHT = ["--vary", "moe.num_experts=8"]
 
@@ -111,9 +114,32 @@ def test_a_plan_has_a_row_per_cell(tmp_path, capsys):
     assert row[1:8] == ["8", "2", "256", f"{total:,}", f"{active:,}", f"{flops:,}", "+0.00%"]
     assert row[9:11] == ["GiB", f"{1200 * 8 * 128 * flops:.2e}"]
     seconds = [float(line.split()[-1].replace(",", "")) for line in lines[2:-1]]
-    assert lines[-1].startswith("12 runs of 1.23M tokens; about ")
-    minutes = float(lines[-1].split("about ")[1].split()[0].replace(",", ""))
-    assert minutes == pytest.approx(sum(seconds) * 3 / 2 / 60, rel=0.02)  # three seeds, two jobs
+    total = duration(sum(seconds) * 3 / 2)  # three seeds, two jobs
+    start = "the start of a run counted as 9 seconds"
+    assert lines[-1] == f"12 runs of 1.23M tokens; about {total}, 2 at a time, {start}"
+
+
+def test_the_time_of_a_run_is_that_of_its_start_steps_and_evaluations(monkeypatch, tmp_path, capsys):
+    """By hand: with 0.3 s a batch, 10 steps and 4 evaluations of 5 batches without a backward pass: 5 s."""
+    monkeypatch.setattr(estimate, "_seconds_per_micro_batch", lambda _: 0.3)
+    monkeypatch.setattr(estimate, "UPDATE_SECONDS", 0.0)
+    steps = ["train.steps=10", "train.eval_interval=5", "train.eval_batches=5"]
+    (tmp_path / "a.txt").write_text("words")
+    call = [str(TINY), *EIGHT, *steps, f"data.extra_validation.a={tmp_path / 'a.txt'}", "--no-dense"]
+    assert main([*call, "--out", str(tmp_path / "ablation"), "--jobs", "1", "--seeds", "0", "--dry-run"]) == 0
+    *_, row, last = capsys.readouterr().out.splitlines()
+    assert row.split()[-1] == "14"
+    assert "about 14 seconds, 1 at a time" in last
+
+
+def test_times_are_told_in_the_unit_that_suits_them():
+    times = [3.1, 119.4, 120, 7000, 7740]
+    assert [*map(duration, times)] == ["3 seconds", "119 seconds", "2 minutes", "117 minutes", "2.1 hours"]
+
+
+def test_the_reference_of_ablations_warms_up_for_a_twentieth_of_its_steps():
+    assert load_config(CONFIGS / "ablation.yaml").warmup_steps == 75
+    assert load_config(CONFIGS / "ablation.yaml", ["train.steps=20"]).warmup_steps == 1
 
 
 def test_dense_models_can_be_left_out(config, tmp_path, capsys):

@@ -21,18 +21,27 @@ CASES = {
     "steps=5": "steps: names no section, did you mean train.steps?",
     "train.steps": "train.steps: is not section.key=value",
     "model=3": "model: names no section",
-    "mixed": "RUN: mixed is not a run's folder; give one such as runs/tiny, or a YAML file",
-    "--help=mo": "--help: no section 'mo'; there are run, model, moe, data,",
+    "mixed": "RUN: mixed is not a run's folder; give one such as runs/tiny, or a YAML file; to train",
+    "short.txt": "CONFIG: short.txt is not a YAML file; to train on its text, write data.source=short.txt",
+    "data.txt": "CONFIG: data.txt is not a YAML file; to train on its text, write data.source=data.txt",
+    "--help=mo": "--help: no section or key 'mo'; the sections are run, model, moe, data,",
     # type and range
     "moe.num_experts=eight": "moe.num_experts: should be a valid integer",
-    "train.steps=1.5": "train.steps: should be a valid integer",
+    "train.steps=1.5": "train.steps: should be a valid integer, got 1.5; write one such as 300",
+    "train.steps=2e3": "train.steps: should be a valid integer, got 2000.0; write 2000",
+    "optim.lr=fast": 'optim.lr: should be a valid number, got "fast"; write one such as 0.003',
+    "moe.capacity_factor=None": 'moe.capacity_factor: should be a valid number, got "None"; for none, write',
     "model.d_model='64'": "model.d_model: should be a valid integer",
     "model.tie_embeddings=1": "model.tie_embeddings: should be a valid boolean",
     "train.steps=0": "train.steps: should be greater than 0, got 0",
     "optim.lr=.nan": "optim.lr: should be a finite number, got NaN",
     "optim.lr=-1": "optim.lr: should be greater than 0",
     "optim.betas=[0.9,1.0]": "optim.betas: each must be at least 0 and less than 1",
-    "optim.betas=0.9": "optim.betas: should be a valid array",
+    "optim.betas=0.9": "optim.betas: should be a valid array, got 0.9; write one such as [0.9, 0.95]",
+    "optim.betas=0.9,0.99": 'optim.betas: should be a valid array, got "0.9,0.99"; write [0.9,0.99]',
+    "optim.betas=[0.9]": "optim.betas: Field required, got [0.9]; write one such as [0.9, 0.95]",
+    "data.suffixes=.txt,.md": 'data.suffixes: should be a valid array, got ".txt,.md"; write [.txt,.md]',
+    "model.head_dim=wide": 'model.head_dim: should be a valid integer, got "wide"',
     "moe.capacity_factor=0": "moe.capacity_factor: should be greater than 0",
     "model.d_model=60 model.n_heads=4": "model.head_dim: rotary positions need an even width, got 15",
     "parallel.zero_stage=3": "parallel.zero_stage: should be 1 or 2, got 3",
@@ -102,7 +111,7 @@ CASES = {
     "nowhere.yaml": "CONFIG: cannot read nowhere.yaml (No such file or directory)",
     "notyaml.yaml": "CONFIG: notyaml.yaml is not valid YAML",
     "list.yaml": "CONFIG: list.yaml holds no sections",
-    "binary.txt": "CONFIG: cannot read binary.txt (not UTF-8 text)",
+    "binary.yaml": "CONFIG: cannot read binary.yaml (not UTF-8 text)",
     "--unknown-option": "unrecognized arguments: --unknown-option",
 }
 
@@ -113,6 +122,8 @@ def folder_of_bad_things(tmp_path_factory):
     (folder / "empty.txt").touch()
     (folder / "emptydir").mkdir()
     (folder / "binary.txt").write_bytes(bytes(range(256)) * 10)
+    (folder / "binary.yaml").write_bytes(bytes(range(256)))
+    (folder / "data.txt").write_text("words\n" * 100)
     (folder / "zeros.txt").write_bytes(b"text\0text")
     (folder / "short.txt").write_text("a few words\nand a few more\n")
     (folder / "mixed").mkdir()

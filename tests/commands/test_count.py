@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from moe.config import dump_config, load_config
 from scripts.count import main
 from tests.support.commands import exit_code
 from tests.support.paths import ROOT
@@ -40,6 +41,9 @@ def test_the_table_has_a_row_per_model_with_exact_counts(capsys):
     row = next(line for line in out.splitlines() if line.startswith("Mixtral-8x7B")).split()
     assert row[1:5] == ["46,702,792,704", "12,879,925,248", "12,748,853,248", "12,617,781,248"]
     assert max(map(len, out.splitlines())) <= 120
+    assert out.endswith(", in sequences of 4,096 tokens\n")
+    _, out, _ = run(capsys, *ZOO, ROOT / "configs" / "tiny.yaml")
+    assert out.endswith(", in sequences of 4,096 tokens (tiny: 128)\n")
 
 
 def test_one_model_is_shown_part_by_part_and_its_unlike_layers(capsys):
@@ -66,6 +70,8 @@ def test_on_gpus_it_adds_cost_and_placements(capsys):
     code, out, _ = run(capsys, config, *options)
     assert code == 0
     assert "on 8 x H100" in out
+    assert "8 GPUs are assumed; --gpus sets another number" in out
+    assert "are assumed" not in run(capsys, config, *options, "--gpus", "8")[1]
     assert "GPU-hours at 40% utilisation" in out
     record = json.loads(run(capsys, config, *options, "--json")[1])
     flops = 5e12 * record["flops_per_token_train"]
@@ -92,6 +98,21 @@ def test_without_a_run_name_the_file_names_the_model(capsys, tmp_path):
     assert (
         json.loads(run(capsys, tmp_path / "mine.yaml", "data.tokenizer=bytes", "--json")[1])["name"] == "mine"
     )
+
+
+def test_the_folder_of_a_run_is_counted_by_its_configuration(capsys, tmp_path):
+    config = load_config(ROOT / "configs" / "tiny.yaml", ["run.name=mine", "moe.num_experts=16"])
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    record = json.loads(run(capsys, tmp_path, "--json")[1])
+    assert (record["name"], record["total"]) == ("mine", 3_675_264 + 4 * 8 * (3 * 128 * 256 + 128))
+
+
+def test_a_hugging_face_model_in_the_place_of_a_configuration_gets_a_hint(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "config.json"):
+        code, _, err = run(capsys, path)
+        fix = f"for a Hugging Face model, write --hf {path}"
+        assert (code, err) == (2, f"error: CONFIG: {path} is not a YAML file; {fix}\n")
 
 
 def test_a_table_of_the_zoo_takes_less_than_five_seconds_and_no_torch():
@@ -144,7 +165,8 @@ def test_a_model_of_a_trillion_parameters_takes_no_more_memory_than_a_tiny_one()
         (["configs/tiny.yaml", "--gpu", "h100", "--gpus", "0"], "argument --gpus: should be a whole number"),
         (
             ["configs/tiny.yaml", "--gpu", "h100", "--gpus", "3"],
-            "train.global_batch_size: 8 is not a multiple",
+            "train.global_batch_size: 8 is not a multiple of train.micro_batch_size (8) x 3 ranks; use 24, "
+            "or another --gpus than 3",
         ),
         (
             ["configs/tiny.yaml", "--gpu", "h100", "--mfu", "nan"],

@@ -40,9 +40,32 @@ def test_the_table_has_a_line_for_each_text_and_one_for_all(run_main, tmp_path, 
         (["nowhere", "README.md"], "error: RUN: nowhere is not a run folder"),
         (["RUN"], "error: the following arguments are required: FILE"),
         (["RUN", "README.md", "--stride", "0"], "error: argument --stride: should be a whole number above 0"),
-        (["RUN", "README.md", "--encoding", "x"], "error: data.encoding: "),
+        (["RUN", "README.md", "--encoding", "x"], "error: --encoding: 'x' is no encoding"),
+        (["RUN", "data.suffixes=[.txt]"], "error: data.suffixes=[.txt]: evaluate.py takes no overrides"),
+        (["RUN", "missing.txt"], "error: FILE: no such file: missing.txt; give a path"),
     ],
     ids=str,
 )
 def test_bad_input_is_refused_in_one_line(arguments, expected, capsys):
     assert_refused(main, arguments, expected, capsys)
+
+
+def test_advice_names_options_and_no_keys_of_train(run_main, tmp_path, monkeypatch, capsys):
+    _, run, _, _ = run_main()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"body": "a"}\n')
+    (tmp_path / "latin.txt").write_bytes("h\xe9".encode("latin-1"))
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.txt").write_text("text")
+    (tmp_path / "mixed" / "b.csv").write_text("text\nrow")
+    field = "--text-field: rows.jsonl, record 1: no field 'text'; the records have body"
+    for name, expected in {
+        "rows.jsonl": f"{field}; fix it, or name another field\n",
+        "latin.txt": "--encoding: latin.txt is not utf-8 text; name its encoding, or convert or remove it\n",
+        "mixed": "FILE: mixed mixes file types (csv, text); give a glob such as 'FOLDER/*.txt'\n",
+        "nobody/nothing": "FILE: 'nobody/nothing' is not a file here",
+    }.items():
+        assert main([str(run), name]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {expected}")
+        assert "data." not in error

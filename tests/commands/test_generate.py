@@ -44,20 +44,36 @@ def test_generate_writes_text_from_a_run(run_main, capsys):
 
 
 def test_prompts_come_from_options_files_and_standard_input(run_main, tmp_path, capsys, monkeypatch):
-    """Bytes that are not UTF-8 become the replacement character; several texts are those of each alone."""
+    """Bytes that are not UTF-8 become the replacement character, where no mark at the start says UTF-16.
+
+    Several texts are those of each alone.
+    """
     _, run, _, _ = run_main()
     (tmp_path / "prompt.txt").write_bytes(b"import \xff os")
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO("für ".encode())))
     short = ["--max-new-tokens", "9"]
-    files = ["--prompt-file", str(tmp_path / "prompt.txt"), "--prompt-file", "-"]
+    (tmp_path / "wide.txt").write_bytes("für".encode("utf-16"))
+    files = [str(tmp_path / "prompt.txt"), "-", str(tmp_path / "wide.txt")]
+    files = [argument for file in files for argument in ("--prompt-file", file)]
     assert main([str(run), "--prompt", "def", "--prompt", "\udcfe", *files, *short]) == 0
     printed = capsys.readouterr().out
     alone = []
-    for seed, prompt in enumerate(["def", "\ufffd", "import \ufffd os", "für "]):
+    for seed, prompt in enumerate(["def", "\ufffd", "import \ufffd os", "für ", "für"]):
         assert main([str(run), "--prompt", prompt, "--seed", str(seed), *short]) == 0
         alone.append(f"----- {seed + 1}\n" + capsys.readouterr().out)
         assert alone[-1].split("\n", 1)[1].startswith(prompt)
     assert printed == "".join(alone)
+
+
+def test_an_interrupted_text_ends_with_its_line(monkeypatch, capfd):
+    def interrupted(*_):
+        yield 0, "some te"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe.inference.trained_run.load_run", lambda *_: None)
+    monkeypatch.setattr("moe.inference.generation.stream", interrupted)
+    assert main(["RUN", "--prompt", "write "]) == 130
+    assert capfd.readouterr() == ("write some te\n", "interrupted\n")
 
 
 def test_stop_and_top_k_reach_the_sampling(run_main, capsys):

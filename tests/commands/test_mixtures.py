@@ -73,8 +73,12 @@ def test_weights_are_refused_on_resume_and_masks_too(mixed, run_main):
         assert err.startswith(f"error: {'data.sources' if 'sources' in change else 'data.document_masks'}")
 
 
-def test_the_configuration_of_a_run_names_its_sources(mixed, run_main):
-    _, run, _, _ = run_main(*mixed, "train.steps=4", "data.anneal_step=2")
+def test_a_run_names_its_sources_on_the_screen_and_in_its_configuration(mixed, run_main):
+    _, run, out, _ = run_main(*mixed, "train.steps=4", "data.anneal_step=2")
+    *_, last = [line for line in read_lines(run) if "eval/loss" in line]
+    each = "; ".join(f"{name} {last[f'eval/{name}/loss']:.4f}" for name in "abc")
+    assert f"step 4/4: validation loss {last['eval/loss']:.4f} nats per token" in out
+    assert f" bits per byte; {each}\n" in out
     saved = load_config(run / "config.yaml").data
     assert [source.weight for source in saved.sources.values()] == [5, 3, 2]
     assert saved.weights_at(2) == {"a": 0, "b": 3, "c": 30}

@@ -50,6 +50,7 @@ def test_the_table_states_the_range_of_the_laws_and_what_leaves_it(capsys):
     assert "from 15M to 1.3B active parameters" in out
     assert "* 8 experts: outside the range of the laws with" in out
     assert "fits" in out.splitlines()[2]
+    assert out.splitlines()[0].endswith(" tokens; the table has the nearest shape and counts attention")
     assert "outside" not in run(capsys, "--budget-flops", "2e20", *H100S, "--experts", "8")[1]
     few = json.loads(run(capsys, "--budget-usd", "30", *H100S, "--experts", "8,1024", "--json")[1])
     assert any("tokens" in reason for reason in few[1]["outside_range"])

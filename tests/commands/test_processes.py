@@ -5,10 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 import train
+from moe.config.command_line import command, end_on_ctrl_c
 from tests.support.launching import stopped_at_the_end
 from tests.support.paths import ROOT, TRAIN
 from tests.support.runs import assert_same_run
@@ -27,6 +31,27 @@ for command in {commands}:
     assert not slow & set(sys.modules), (command, slow & set(sys.modules))
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=ROOT)
+
+
+def test_a_command_that_has_begun_is_interrupted_by_an_exception():
+    """So that it can remove and release what it holds; before that, Ctrl-C ends the process at once."""
+    handlers = []
+    begin = command(lambda _: handlers.append(signal.getsignal(signal.SIGINT)) or 0)
+    with patched_signal(signal.SIGINT, signal.default_int_handler):
+        end_on_ctrl_c()
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        assert begin([]) == 0
+    with patched_signal(signal.SIGINT, signal.SIG_IGN):  # as a job in the background has it
+        end_on_ctrl_c()
+        assert begin([]) == 0
+    assert handlers == [signal.default_int_handler, signal.SIG_IGN]
+
+
+@contextmanager
+def patched_signal(number: signal.Signals, handler: Any) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    yield
+    signal.signal(number, before)
 
 
 @pytest.mark.slow
@@ -78,3 +103,17 @@ def test_device_hours_are_those_of_the_ranks_that_each_part_had(small, short_sam
     second_part = summary["wall_s"] - first_part
     assert second_part > 0
     assert 3600 * summary["cost"]["device_hours"] == pytest.approx(2 * first_part + second_part)
+
+
+@pytest.mark.parametrize("name", ["train.py", "scripts/ablate.py", "scripts/bench.py", "scripts/doctor.py"])
+def test_ctrl_c_while_torch_is_imported_is_one_line(name, tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    call = [sys.executable, str(ROOT / name)]
+    with subprocess.Popen(call, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "importing\n":
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20) == ("", "interrupted\n")
+        assert process.returncode == 130

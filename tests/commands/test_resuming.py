@@ -46,6 +46,25 @@ def test_resuming_twice_in_a_row_is_bit_exact(run_main):
     assert_same_run(run, whole)
 
 
+@pytest.mark.parametrize("micro_batch", [1, 17])
+def test_an_interrupted_run_says_what_of_it_is_saved(run_main, monkeypatch, micro_batch):
+    """A checkpoint is saved every 4 steps, each of two micro batches; that of step 8 may be under way."""
+    losses = []
+
+    def interrupt(*arguments):
+        losses.append(arguments)
+        if len(losses) == micro_batch:
+            raise KeyboardInterrupt
+        return training_loss(*arguments)
+
+    monkeypatch.setattr(train, "training_loss", interrupt)
+    code, run, _, error = run_main()
+    steps = [int(path.name[5:]) for path in run.glob("checkpoints/step-*")]
+    assert bool(steps) == (micro_batch > 1)
+    saved = f"the checkpoint of step {max(steps)} can be loaded" if steps else "no checkpoint was saved yet"
+    assert (code, error.splitlines()[-1]) == (130, f"interrupted; {saved}")
+
+
 def test_metrics_are_cut_back_to_the_checkpoint(run_main):
     _, run, _, _ = run_main()
     whole = read_lines(run)

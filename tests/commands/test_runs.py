@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -61,6 +62,16 @@ def test_a_run_is_in_training_while_its_process_lives_and_can_be_continued_after
     assert rows(run)[0].split()[1] == "finished"
 
 
+def test_a_stopped_run_stands_at_its_newest_checkpoint(run_main, rows):
+    """Its log may end before that, or after it."""
+    _, run, _, _ = run_main("log.interval=100")
+    (run / "summary.json").unlink()
+    assert read_lines(run)[-2]["step"] == 12
+    for steps in (8, 0):  # two are kept
+        shutil.rmtree(max(run.glob("checkpoints/step-*")))
+        assert rows(run)[0].split()[1:6] == ["stopped,", "step", str(steps), "of", "12"]
+
+
 def test_a_failed_run_that_goes_on_is_no_longer_failed(run_main, rows):
     code, run, _, _ = run_main("optim.lr=1e30", "optim.grad_clip=1e30")
     assert code == 1
@@ -115,9 +126,13 @@ def test_bad_input_is_refused_in_one_line(arguments, expected, capsys):
 
 def test_a_picture_that_cannot_be_written_is_refused_in_one_line(run_main, capsys, tmp_path):
     _, run, _, _ = run_main()
-    for name in ("nowhere/a.png", "a.nothing"):
+    for name, reason in {
+        "nowhere/a.png": "No such file or directory)\n",
+        "a.nothing": "Format 'nothing' is not supported (supported formats: ",
+    }.items():
         assert main([str(run), "--plot", str(tmp_path / name)]) == 2
-        assert capsys.readouterr().err.startswith(f"error: --plot: cannot write {tmp_path / name} (")
+        problem = f"error: --plot: cannot write {tmp_path / name} ({reason}"
+        assert capsys.readouterr().err.startswith(problem)
 
 
 @pytest.mark.parametrize("second", [[], ["run.seed=5"]], ids=["same", "different"])

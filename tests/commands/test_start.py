@@ -40,6 +40,12 @@ def test_help_and_refusals_come_before_torch_is_imported(without_torch):
     code, out, err = without_torch("moe.top_k=9")
     assert (code, out) == (2, "")
     assert err == "error: moe.top_k: 9 is more than moe.num_experts (8); lower it or add experts\n"
+    for key in ("data.source", "data.validation", "data.extra_validation.a"):
+        code, out, err = without_torch(f"{key}=missing.txt")
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: {key.removesuffix('.a')}: no such file: missing.txt; give a path")
+    code, _, err = without_torch("data.sources.a.source=missing.txt", "data.sources.a.weight=1")
+    assert err.startswith("error: data.sources.a.source: no such file: missing.txt; give a path")
 
 
 def test_one_rank_says_that_it_starts_before_torch_is_imported(without_torch):
@@ -56,6 +62,8 @@ def test_help_says_which_values_a_key_may_have(capsys):
     assert [line.split(".")[0].strip() for line in lines] == ["moe"] * 10
     assert any(line.split()[:4] == ["moe.num_experts", "int", ">", "0"] for line in lines)
     assert any(" ".join(line.split()).startswith("moe.capacity_factor float > 0 | null =") for line in lines)
+    assert train.main(["--help", "moe.top_k"]) == 0
+    assert capsys.readouterr().out.splitlines() == [line for line in lines if "moe.top_k " in line]
     assert train.main(["--help", "data"]) == 0
     shown = capsys.readouterr().out
     assert " ".join(shown.split("data.validation_share")[1].split()[:8]) == "float >= 0 and < 1 = 0.05"

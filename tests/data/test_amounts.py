@@ -17,9 +17,10 @@ def test_all_that_is_wrong_with_a_small_corpus_is_said_at_once(tmp_path):
             corpus_config(tmp_path / "c", source=str(tmp_path / "a.txt"), tokenizer="bpe:4096", seq_len=64)
         )
     message = str(refused.value)
-    assert message.startswith("data.tokenizer: the corpus supports only ")
+    assert message.startswith("data.seq_len: 64 is longer than the train text of ")
+    assert message.count("; also data.seq_len: 64 is longer than the validation text of ") == 1
+    assert message.count("; also data.tokenizer: the corpus supports only ") == 1
     assert "; use bpe:" in message
-    assert message.count("; also data.seq_len: 64 is longer than the ") == 2
     assert "\n" not in message
 
 

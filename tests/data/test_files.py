@@ -111,11 +111,19 @@ def test_files_of_any_name_are_text_when_they_are_named(tmp_path):
         assert train.text + validation.text == WORDS
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "latin-1", "utf-8-sig"])
-def test_text_is_decoded_and_a_byte_order_mark_is_no_part_of_it(tmp_path, encoding):
+@pytest.mark.parametrize(
+    ("encoding", "declared"),
+    [
+        ("utf-8", "utf-8"),
+        ("utf-8-sig", "utf-8"),
+        ("utf-16", "utf-8"),  # the default; its byte-order mark says what it is
+        ("utf-16", "utf-16"),
+        ("latin-1", "latin-1"),
+    ],
+)
+def test_text_is_decoded_and_a_byte_order_mark_is_no_part_of_it(tmp_path, encoding, declared):
     text = "Grüße, hélas\n" * 50
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
-    declared = "utf-8" if encoding == "utf-8-sig" else encoding
     train, validation = documents_of(tmp_path, source=str(tmp_path / "a.txt"), encoding=declared)
     assert train.text + validation.text == text
 
@@ -124,6 +132,14 @@ def test_text_in_another_encoding_is_refused_by_name(tmp_path):
     (tmp_path / "a.txt").write_bytes("Grüße\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"data.encoding: .*a.txt is not utf-8 text"):
         list(read_source(tmp_path, source=str(tmp_path / "a.txt")))
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.pdf.gz"])
+def test_a_pdf_is_refused_as_such(tmp_path, name):
+    content = b"%PDF-1.4 some words"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(ConfigError, match=rf"data.source: .*{name} is a PDF, not text; extract its text"):
+        list(read_source(tmp_path, source=str(tmp_path / name)))
 
 
 def test_a_long_text_comes_in_pieces_that_end_with_lines(tmp_path):

@@ -25,6 +25,7 @@ FILES = {
     "pretty.json": json.dumps([{"text": text} for text in TEXTS], indent=2),
     "objects.json": "\n".join(json.dumps({"text": text}, indent=1) for text in TEXTS),
     "a.csv": as_csv(TEXTS, ","),
+    "semicolons.csv": as_csv(TEXTS, ";"),
     "a.tsv": as_csv(TEXTS, "\t"),
 }
 
