@@ -10,7 +10,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from moe.config import Config, ConfigError, dump_config
-from moe.distributed.agreement import on_all_ranks, rank_and_size
 
 
 class RunFolder:
@@ -43,6 +42,8 @@ class RunFolder:
         Raises:
             ConfigError: another process trains.
         """
+        from moe.distributed.agreement import on_all_ranks, rank_and_size  # with torch, which runs.py spares
+
         lock = FileLock(self._lock)
 
         def acquire() -> bool:
