@@ -107,8 +107,7 @@ def train(config: Config) -> int:
                 if done % config.train.checkpoint_interval == 0 or done == steps or stopping:
                     save(run, engine, saver, done)
         if stopping:
-            again = "run the same command again to resume"
-            run.world.print(f"stopped and saved at step {done} of {steps}; {again}")
+            run.world.print(f"stopped and saved at step {done} of {steps}; run the same command to resume")
             return INTERRUPTED
         finish(run, engine)
         return DONE
@@ -230,9 +229,7 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     for sums in meter.tensors():
         engine.sum_over_ranks(sums)
     if norms.skipped:
-        problem = f"step {done}: update skipped, as its gradient norm is {norms.total:.4g}"
-        world.print(f"warning: {problem}", file=sys.stderr)
-        run.skips.add(done)
+        world.print(f"warning: {run.skips.add(done, norms.total)}", file=sys.stderr)
         return metrics
     run.skips.in_a_row = 0
     metrics |= meter.read(world.size)

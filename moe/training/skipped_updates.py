@@ -52,8 +52,8 @@ class SkipCount:
     total: int = 0
     in_a_row: int = 0  # those whose gradient was refused, up to now
 
-    def add(self, step: int) -> None:
-        """Count a refused gradient.
+    def add(self, step: int, norm: float) -> str:
+        """Count the gradient of this norm as refused, and say so.
 
         Raises:
             RunError: they are too many in a row.
@@ -65,3 +65,4 @@ class SkipCount:
                 f"step {step}: {self.in_a_row} updates in a row were skipped; start a new run with a lower "
                 "optim.lr, or go on from the last checkpoint with these steps in train.skip_steps"
             )
+        return f"step {step}: update skipped, as its gradient norm is {norm:.4g}"

@@ -225,7 +225,7 @@ def test_too_many_skipped_updates_in_a_row_end_the_run_and_reach_no_checkpoint(r
     code, run, _, error = run_main("optim.max_skips=2")
     assert code == 1
     *warnings, last = error.splitlines()
-    assert [line.split(": ")[1] for line in warnings] == ["step 7", "step 9", "step 10", "step 11"]
+    assert [line.split(": ")[1] for line in warnings] == ["step 7", "step 9", "step 10"]
     assert last.startswith("error: step 11: 3 updates in a row were skipped; ")
     assert (run / "failure.txt").read_text().startswith("step 11: ")
     assert all(torch.isfinite(tensor).all() for tensor in final_state(run).values())
