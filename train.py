@@ -220,7 +220,7 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     starts_here = starts.reshape(-1, world.size, micro)[:, world.rank].flatten()
     meter, norms = StepMeter(world.device), None
     for batch in read_batches(config, run.corpus.train, starts_here, world.device, step):
-        output = engine(batch.tokens, batch.documents, batch.dropout_keys)
+        output = engine(batch.tokens, batch.documents, batch.dropout_keys, batch.targets)
         loss = training_loss(output, batch.targets, config.moe)
         meter.add(loss)
         engine.backward(loss.total)

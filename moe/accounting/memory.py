@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from moe.accounting.communication import FP32, bytes_per_value, rows_per_token
 from moe.accounting.counts import count_parameters
 from moe.config import Config
+from moe.model import LOGITS_AT_ONCE
 from moe.training.deepspeed_config import reduce_bucket
 
 MOMENTS_BYTES = 8  # Adam's two, per parameter
@@ -28,7 +29,7 @@ class Memory:
     recomputed: int  # activations of the block that is being recomputed, with activation checkpointing
     temporary: int  # what the backward pass of one feed-forward block takes for itself
     dispatch: int  # rows sent to the experts of one layer and back; 0 if the experts are not split over ranks
-    loss: int  # log-softmax of the logits, and the gradients of both; the logits themselves are gone by then
+    loss: int  # logits in fp32, their log-softmax and gradients, of a chunk; gradients that chunks add up to
     update: int  # gradients of the rank's shard, all that is left by then, and AdamW's fp32 copy of them
     accumulates: bool  # whether gradients of earlier micro batches exist during a forward pass
 
@@ -77,7 +78,7 @@ def estimate_memory(config: Config, world_size: int, device: str) -> Memory:
         recomputed=tokens * max(blocks) if recomputes else 0,
         temporary=tokens * max(_temporary(config, layer, device) for layer in range(model.n_layers)),
         dispatch=int(tokens * 2 * rows_per_token(config) * model.d_model * width),
-        loss=tokens * config.vocab_size * 3 * FP32,
+        loss=_loss(config, tokens),
         update=share * (FP32 + (FP32 if parallel.zero_stage == 2 else width)),
         accumulates=config.accumulation_steps(world_size) > 1,
     )
@@ -100,6 +101,15 @@ def _temporary(config: Config, layer: int, device: str) -> int:
     if device == "cpu" and width == FP32 and _one_after_the_other(config):
         sparse = sparse * config.parallel.ep_size / moe.num_experts + width * model.d_model
     return max(dense, int(sparse))
+
+
+def _loss(config: Config, tokens: int) -> int:
+    """Bytes that the cross-entropy takes; see `moe.model.losses.cross_entropy`."""
+    logits, width = tokens * config.vocab_size, bytes_per_value(config)
+    if logits <= LOGITS_AT_ONCE:
+        return 3 * FP32 * logits
+    of_weight = config.vocab_size * config.model.d_model * (FP32 + width)
+    return 3 * FP32 * LOGITS_AT_ONCE + of_weight + tokens * config.model.d_model * width
 
 
 def _one_after_the_other(config: Config) -> bool:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe.config import ConfigError, DataConfig
 from moe.data.corpus import BadRecords, open_corpus
 from moe.inference.trained_run import TrainedRun
+from moe.model.losses import NOT_COUNTED
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,10 @@ def _nats(run: TrainedRun, text: _Tokenized, starts: list[int], length: int, new
     documents = None
     if run.config.data.document_masks:
         documents = torch.stack([text.documents[start : start + length] for start in starts]).to(device)
-    logits = run.model(windows[:, :-1], documents).logits.float()
-    losses = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").double()
     counted = torch.tensor([length if start == 0 else new for start in starts], device=device)
     is_new = torch.arange(length, device=device) >= length - counted[:, None]
-    return float((losses * is_new).sum())
+    targets = windows[:, 1:].where(is_new, NOT_COUNTED)
+    return float(run.model(windows[:, :-1], documents, targets=targets).nats)
 
 
 def _tokenize(run: TrainedRun, data: DataConfig) -> _Tokenized:

@@ -1,10 +1,70 @@
-"""The auxiliary losses and the entropy of a router, as pure tensor functions.
+"""The cross-entropy, the auxiliary losses and the entropy of a router, as pure tensor functions.
 
-Shape suffixes: T tokens, K experts per token, E experts.
+Shape suffixes: T tokens, K experts per token, E experts, D d_model, V vocabulary.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe.model import LOGITS_AT_ONCE
+from moe.model.products import linear
+
+NOT_COUNTED = -100  # a target that is left out, as in PyTorch's cross_entropy
+
+
+def cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropies of the logits `hidden @ head_weight.T`, of which few exist at a time.
+
+    With more than `LOGITS_AT_ONCE` of them, chunks of tokens go forward and backward one after the other, as
+    in Liger Kernel (Hsu et al. 2024), and what is kept are the gradients of `hidden` and of the weight.
+
+    Args:
+        hidden: (T, D), any float type.
+        head_weight: (V, D), of the same type.
+        targets: (T,) int64; -100: not counted.
+
+    Returns:
+        () fp32, nats.
+    """
+    if len(targets) * len(head_weight) <= LOGITS_AT_ONCE:
+        return _of_logits(hidden, head_weight, targets)
+    return _ChunkedCrossEntropy.apply(hidden, head_weight, targets)
+
+
+def _of_logits(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(linear(hidden, head_weight).float(), targets, reduction="sum")
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+        tokens = max(1, LOGITS_AT_ONCE // len(weight_VD))
+        chunks = zip(hidden_TD.split(tokens), targets_T.split(tokens), strict=True)
+        total = hidden_TD.new_zeros((), dtype=torch.float32)
+        if not any(ctx.needs_input_grad):
+            return sum((_of_logits(chunk, weight_VD, targets) for chunk, targets in chunks), total)
+        hidden_grads, weight_grad = [], torch.zeros_like(weight_VD, dtype=torch.float32)
+        weight = weight_VD.detach().requires_grad_()
+        for chunk, targets in chunks:
+            with torch.enable_grad():
+                inputs = chunk.detach().requires_grad_(), weight
+                loss = _of_logits(*inputs, targets)
+            hidden_grad, grad = torch.autograd.grad(loss, inputs)
+            hidden_grads.append(hidden_grad)
+            weight_grad += grad
+            total += loss.detach()
+        ctx.save_for_backward(torch.cat(hidden_grads), weight_grad.to(weight_VD.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * grads[0], weight_grad * grads[0], None
 
 
 def load_balancing_loss(router_probs: Tensor, expert_indices: Tensor, valid: Tensor | None = None) -> Tensor:

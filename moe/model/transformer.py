@@ -18,18 +18,23 @@ from moe.model.experts import SwiGLU
 from moe.model.grouped_swiglu import ExpertPath
 from moe.model.initialization import init_weights
 from moe.model.key_value_cache import KeyValueCache, LayerCache
+from moe.model.losses import cross_entropy
 from moe.model.moe_layer import MoEAux, MoELayer
 from moe.model.products import Linear, linear
 
 
 class TransformerOutput(NamedTuple):
-    """Logits (B, S, V) in the model's dtype, and the MoE layers' reports stacked.
+    """What the model makes of a batch.
 
-    There are no reports (None) in a dense model, nor with a cache.
+    Attributes:
+        logits: (B, S, V) in the model's dtype; None if targets were given.
+        aux: the MoE layers' reports, stacked; None in a dense model, and with a cache.
+        nats: () fp32, the sum of the targets' cross-entropies; None without targets.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     aux: MoEAux | None
+    nats: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -113,6 +118,7 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         cache: KeyValueCache | None = None,
         dropout_keys: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> TransformerOutput:
         """Predict the token after each position.
 
@@ -124,6 +130,8 @@ class Transformer(nn.Module):
                 the reports of the MoE layers.
             dropout_keys: (B,) int32 of `dropout.dropout_keys`, of which the masks of `model.dropout` are a
                 function in training. None: new masks in each call, from PyTorch's random numbers.
+            targets: (B, S) int64, the tokens that follow; -100: not counted. Then the output is their
+                cross-entropy instead of the logits, of which only some exist at a time.
 
         Raises:
             ValueError: the tokens have another shape or type, or are too many.
@@ -158,9 +166,12 @@ class Transformer(nn.Module):
             if aux is not None:
                 reports.append(aux)
         head = self.embedding.weight if self.head is None else self.head.weight
-        logits_BSV = linear(self.final_norm(hidden_BSD), head)
         stacked = MoEAux(*(torch.stack(field) for field in zip(*reports, strict=True))) if reports else None
-        return TransformerOutput(logits_BSV, stacked)
+        normed_BSD = self.final_norm(hidden_BSD)
+        if targets is None:
+            return TransformerOutput(linear(normed_BSD, head), stacked)
+        nats = cross_entropy(normed_BSD.flatten(0, 1), head, targets.flatten())
+        return TransformerOutput(None, stacked, nats)
 
     def _keys_of_places(self, keys: Tensor | None, tokens: Tensor) -> Tensor:
         """The dropout's keys (P, B) of the embedding and of two places in each block."""

@@ -145,10 +145,14 @@ class Engine:
         return self._deepspeed.module
 
     def __call__(
-        self, tokens: Tensor, documents: Tensor | None = None, dropout_keys: Tensor | None = None
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> TransformerOutput:
         """Forward pass of the model."""
-        return self._deepspeed(tokens, documents, dropout_keys=dropout_keys)
+        return self._deepspeed(tokens, documents, dropout_keys=dropout_keys, targets=targets)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro batch; the engine divides by their number."""

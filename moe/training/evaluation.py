@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 
 from moe.config import Config
 from moe.data.batches import read_batches
@@ -42,8 +41,7 @@ def _evaluate_on(text: Text, prefix: str, engine: Engine, config: Config) -> dic
         # The last batch may leave ranks without samples; they take part all the same, for their experts.
         mine = first + world.rank * per_forward
         [batch] = read_batches(config, text, starts[mine : mine + per_forward], world.device)
-        logits = engine.module(batch.tokens, batch.documents).logits
-        loss_sum += F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="sum")
+        loss_sum += engine.module(batch.tokens, batch.documents, targets=batch.targets).nats
     engine.module.train()
     loss = float(engine.sum_over_ranks(loss_sum)) / (len(starts) * seq_len)
     return {f"{prefix}/loss": loss, f"{prefix}/bits_per_byte": loss / math.log(2) / text.bytes_per_token}

@@ -22,17 +22,22 @@ def training_loss(output: TransformerOutput, targets: Tensor, moe: MoEConfig) ->
     """`lm + aux_loss_coef * load_balancing_loss + z_loss_coef * router_z_loss`, both means over MoE layers.
 
     Args:
-        output: of the model.
+        output: of the model, with these targets or with logits.
         targets: (B, S) int64, the token after each position.
         moe: the section `moe`, for its two coefficients.
 
     Raises:
         ValueError: the targets have another shape than the logits.
     """
-    if targets.shape != output.logits.shape[:2]:
-        expected = tuple(output.logits.shape[:2])
-        raise ValueError(f"targets should be (batch, sequence) = {expected}, got {tuple(targets.shape)}")
-    lm = total = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
+    if output.logits is not None:
+        if targets.shape != output.logits.shape[:2]:
+            expected = tuple(output.logits.shape[:2])
+            raise ValueError(f"targets should be (batch, sequence) = {expected}, got {tuple(targets.shape)}")
+        lm = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
+    else:
+        assert output.nats is not None
+        lm = output.nats / targets.numel()
+    total = lm
     if output.aux is not None:
         total = total + moe.aux_loss_coef * output.aux.load_balancing_loss.mean()
         total = total + moe.z_loss_coef * output.aux.router_z_loss.mean()

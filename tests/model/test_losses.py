@@ -1,11 +1,15 @@
-"""The auxiliary losses and the entropy of the router, against hand-worked batches."""
+"""The cross-entropy, the auxiliary losses and the entropy of the router."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from moe.model.losses import load_balancing_loss, router_entropy, router_z_loss
+from moe.model import losses
+from moe.model.losses import cross_entropy, load_balancing_loss, router_entropy, router_z_loss
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4, 8])
@@ -90,3 +94,54 @@ def test_two_layers_collapsed_on_different_experts_are_not_balanced():
 def test_entropy_is_the_log_of_the_experts_when_undecided_and_zero_when_certain():
     assert router_entropy(torch.full((3, 8), 1 / 8)).item() == pytest.approx(math.log(8), rel=1e-6)
     assert router_entropy(torch.eye(8)).item() == 0
+
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("logits_at_once", [1, 50, 120, 1000])  # chunks of 1, 5, 12 and all 23 tokens
+def test_the_cross_entropy_of_chunks_is_that_of_all_logits_with_both_gradients(
+    monkeypatch, logits_at_once, dtype
+):
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", logits_at_once)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(23, 6).to(dtype), torch.randn(10, 6).to(dtype)
+    targets = torch.randint(0, 10, (23,))
+    got, expected = [], []
+    for results, function in ((got, cross_entropy), (expected, of_all_logits)):
+        inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = function(*inputs, targets) * 0.25
+        results += [loss.detach(), *torch.autograd.grad(loss, inputs)]
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    with torch.no_grad():
+        torch.testing.assert_close(cross_entropy(hidden, weight, targets) * 0.25, got[0])
+
+
+def of_all_logits(hidden, weight, targets):
+    return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+
+
+def test_of_no_tokens_it_is_zero():
+    loss = cross_entropy(torch.zeros(0, 6), torch.ones(10, 6), torch.zeros(0, dtype=torch.int64))
+    assert loss.item() == 0
+
+
+def test_only_one_chunk_of_logits_exists_at_a_time(monkeypatch):
+    """The largest tensor made is a chunk of logits, or a gradient of what is given."""
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 8 * 500)
+    hidden = torch.randn(200, 4, requires_grad=True)
+    weight = torch.randn(500, 4, requires_grad=True)
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            sizes.extend(part.numel() for part in tree_leaves(made) if isinstance(part, torch.Tensor))
+            return made
+
+    with Watch():
+        cross_entropy(hidden, weight, torch.randint(0, 500, (200,))).backward()
+    assert max(sizes) == 8 * 500

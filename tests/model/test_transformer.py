@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe.accounting.counts import count_parameters
 from moe.config import MoEConfig, load_config, parse_config
+from moe.model import losses
 from moe.model.attention import rotary_tables
 from moe.model.experts import SwiGLU
 from moe.model.transformer import Transformer
@@ -147,7 +148,7 @@ def test_the_gpu_models_forward_meets_no_device_dtype_or_sync_error_on_fake_cuda
     with FakeTensorMode(), torch.no_grad():
         model = on_fake_cuda(lambda: Transformer(config, expert_path="grouped_mm"), torch.bfloat16)
         tokens = torch.zeros(2, config.data.seq_len, dtype=torch.int64, device="cuda")
-        logits, aux = model(tokens)
+        logits, aux, _ = model(tokens)
     assert logits.shape == (2, config.data.seq_len, 50304)
     assert (logits.device.type, logits.dtype) == ("cuda", torch.bfloat16)
     assert (aux.router_z_loss.device.type, aux.router_z_loss.dtype) == ("cuda", torch.float32)
@@ -195,3 +196,21 @@ def test_a_batch_of_documents_gives_the_same_losses_whatever_shares_the_batch():
     together = model(tokens).logits
     alone = torch.cat([model(row[None]).logits for row in tokens])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_with_targets_the_output_is_their_cross_entropy_with_the_same_gradients(monkeypatch, tied):
+    """In chunks of 8 of the 30 tokens, one of which is not counted."""
+    model = make_model(model={"tie_embeddings": tied})
+    tokens = torch.randint(0, model.embedding.num_embeddings, (3, 11))
+    targets = tokens[:, 1:].clone()
+    targets[1, 4] = -100
+    F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    expected = {name: gradient_of(parameter).clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 8 * model.embedding.num_embeddings)
+    output = model(tokens[:, :-1], targets=targets)
+    assert output.logits is None
+    output.nats.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradient_of(parameter), expected[name], rtol=1e-4, atol=1e-5, msg=name)

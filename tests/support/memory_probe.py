@@ -37,7 +37,7 @@ def two_steps(config: Config, world: World) -> None:
         for _micro in range(config.accumulation_steps(world.size)):
             shape = (config.train.micro_batch_size, config.data.seq_len + 1)
             tokens = torch.randint(0, config.vocab_size, shape)
-            loss = training_loss(engine(tokens[:, :-1]), tokens[:, 1:], config.moe)
+            loss = training_loss(engine(tokens[:, :-1], targets=tokens[:, 1:]), tokens[:, 1:], config.moe)
             engine.backward(loss.total)
             engine.step(1e-3)
 

@@ -101,7 +101,8 @@ def test_accumulation_gives_the_cross_entropy_gradient_of_the_whole_batch(proces
         config = make_config(train={"micro_batch_size": micro}, optim={"grad_clip": 0.0}, parallel=parallel)
         engine = make_engine(config, process_group)
         for part in batches(1)[0].split(micro):
-            logits, _ = engine(part[:, :-1])
+            logits = engine(part[:, :-1]).logits
+            assert logits is not None
             engine.backward(F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten()))
             engine.step(1e-3)
         gradients.append({name: moment / 0.1 for name, moment in full_state(engine)["exp_avg"].items()})
