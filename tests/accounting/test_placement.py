@@ -46,3 +46,15 @@ def test_the_record_is_plain_json_with_sums():
     assert record["memory"]["peak"] == best.memory.peak
     sent = record["communication"]
     assert sent["total"] == sent["all_to_all"] + sent["gradients"] + sent["weights"]
+
+
+@pytest.mark.parametrize(("name", "gpu", "gpus"), [("base_8gpu", "h100", 8), ("small_1gpu", "rtx 4090", 1)])
+def test_shipped_configurations_are_near_the_best_of_their_placements(name, gpu, gpus):
+    config = load_config(CONFIGS / f"{name}.yaml", ["model.vocab_size=50304"])
+    best, *others = placements(config, gpus, named_gpu("--gpu", gpu).memory)
+    own = (config.parallel.ep_size, config.parallel.zero_stage, config.train.activation_checkpointing)
+    ways = [(way.ep_size, way.zero_stage, way.activation_checkpointing) for way in (best, *others)]
+    shipped = (best, *others)[ways.index(own)]
+    assert shipped.fits
+    assert not shipped.activation_checkpointing
+    assert shipped.communication.total <= 1.1 * best.communication.total
