@@ -34,21 +34,26 @@ def read_batches(
 ) -> list[Batch]:
     """Read the samples that start at some tokens of a text, `train.micro_batch_size` to a batch.
 
-    Without any sample it is one batch of none. All are moved at once, as each move waits for a GPU. Training
-    names its step, on which the masks of a dropout depend.
+    Without any sample it is one batch of none. All are moved at once. Training names its step, on which the
+    masks of a dropout depend.
     """
     size, seq_len = config.train.micro_batch_size, config.data.seq_len
-    samples = torch.from_numpy(read_samples(text.tokens, starts, seq_len)).to(device).split(size)
+    samples = _moved(torch.from_numpy(read_samples(text.tokens, starts, seq_len)), device).split(size)
     documents: list[Tensor | None] = [None] * len(samples)
     if config.data.document_masks:
         numbers = documents_of_samples(text.documents, starts, seq_len)
         needed = torch.from_numpy(numbers[:, 0] != numbers[:, -1]).split(size)
-        numbers = torch.from_numpy(numbers).to(device).split(size)
+        numbers = _moved(torch.from_numpy(numbers), device).split(size)
         documents = [mask if bool(need.any()) else None for mask, need in zip(numbers, needed, strict=True)]
     keys: list[Tensor | None] = [None] * len(samples)
     if config.model.dropout and step is not None:
-        keys = list(dropout_keys(config.run.seed, step, starts.tolist()).to(device).split(size))
+        keys = list(_moved(dropout_keys(config.run.seed, step, starts.tolist()), device).split(size))
     return [
         Batch(sample[:, :-1], mask, sample[:, 1:], key)
         for sample, mask, key in zip(samples, documents, keys, strict=True)
     ]
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for a GPU."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -113,9 +113,11 @@ class Attention(nn.Module):
         query_BHSQ, key_BGSQ = apply_rotary(query_BHSQ, rotary), apply_rotary(key_BGSQ, rotary)
         if cache is not None:
             key_BGSQ, value_BGSQ = cache.append(key_BGSQ, value_BGSQ)
-        attended_BHSQ = F.scaled_dot_product_attention(
-            query_BHSQ, key_BGSQ, value_BGSQ, mask, is_causal=mask is None, enable_gqa=True
-        )
+        attended_BHSQ = query_BHSQ  # of no sequence, as on a rank that has none left to evaluate
+        if len(hidden):
+            attended_BHSQ = F.scaled_dot_product_attention(
+                query_BHSQ, key_BGSQ, value_BGSQ, mask, is_causal=mask is None, enable_gqa=True
+            )
         return self.output(rearrange(attended_BHSQ, "b h s q -> b s (h q)"))
 
 

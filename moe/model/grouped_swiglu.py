@@ -29,7 +29,7 @@ from moe.model.products import DENSE, Products, grouped_products
 
 ExpertPath = Literal["loop", "grouped_mm", "reference"]
 _WORK_OF_EXPERT = 2**22  # rows times elements of a matrix, for each thread
-_MOST_GROUPS = 1024  # of torch's grouped GEMM on a GPU
+_MOST_GROUPS = 1023  # of torch's grouped GEMM on a GPU
 Weights = Sequence[Tensor]  # w_gate, w_up (E, D, F), w_down (E, F, D); those of one expert have no E
 
 

@@ -30,10 +30,18 @@ def grouped_products(rows_per_group: Tensor) -> Products:
     """
     ends_E = rows_per_group.cumsum(0).to(torch.int32)
     return Products(
-        output=lambda x, weight: F.grouped_mm(x, weight, offs=ends_E),
-        input_grad=lambda y_grad, weight: F.grouped_mm(y_grad, weight.transpose(1, 2), offs=ends_E),
-        weight_grad=lambda x, y_grad, out: F.grouped_mm(x.t(), y_grad, offs=ends_E),
+        output=lambda x, weight: _grouped_mm(x, weight, ends_E),
+        input_grad=lambda y_grad, weight: _grouped_mm(y_grad, weight.transpose(1, 2), ends_E),
+        weight_grad=lambda x, y_grad, out: _grouped_mm(x.t(), y_grad, ends_E),
     )
+
+
+def _grouped_mm(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
+    """The grouped GEMM of torch; of no rows at all it is not asked, as a GPU's kernels may refuse that."""
+    if left.numel() == 0:
+        groups = [] if right.dim() == 3 else [len(ends_E)]
+        return left.new_zeros(*groups, left.shape[0], right.shape[-1])
+    return F.grouped_mm(left, right, offs=ends_E)
 
 
 _onednn: Any = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None

@@ -71,3 +71,13 @@ def test_without_onednn_the_products_are_pytorchs(monkeypatch):
     x, weight = torch.randn(4, 6), torch.randn(5, 6)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
     assert torch.equal(DENSE.weight_grad(x, x, None), x.T @ x)
+
+
+def test_no_rows_give_no_output_and_gradients_of_zero_without_a_grouped_gemm(monkeypatch):
+    monkeypatch.setattr(products.F, "grouped_mm", lambda *_, **__: pytest.fail("a GPU may refuse it"))
+    grouped = products.grouped_products(torch.zeros(3, dtype=torch.int64))
+    weight = torch.randn(3, 8, 16)
+    assert grouped.output(torch.zeros(0, 8), weight).shape == (0, 16)
+    assert grouped.input_grad(torch.zeros(0, 16), weight).shape == (0, 8)
+    grad = grouped.weight_grad(torch.zeros(0, 8), torch.zeros(0, 16), None)
+    assert torch.equal(grad, torch.zeros(3, 8, 16))

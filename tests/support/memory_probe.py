@@ -1,4 +1,4 @@
-"""Measure, as one rank, the growth of resident memory over two training steps of each configuration given.
+"""Measure, as one rank, how resident memory grows over the start and three steps of each configuration.
 
 The parent sets MALLOC_MMAP_THRESHOLD_, so that glibc returns memory as soon as it is freed and the peak is
 that of what is alive.
@@ -29,11 +29,14 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def two_steps(config: Config, world: World) -> None:
-    """Two steps on random tokens, as train.py takes them; the parts of each step and nothing else."""
+def three_steps(config: Config, world: World) -> None:
+    """From building the model to the third step on random tokens, as train.py does it, and nothing else."""
     torch.manual_seed(world.rank)
-    engine = Engine(Transformer(config, choose_dispatcher(world.groups, config.parallel)), config, world)
-    for _step in range(2):
+    with torch.device("meta"):
+        model = Transformer(config, choose_dispatcher(world.groups, config.parallel))
+    engine = Engine(model, config, world)
+    engine.training_state.initialize(config.run.seed)
+    for _step in range(3):
         for _micro in range(config.accumulation_steps(world.size)):
             shape = (config.train.micro_batch_size, config.data.seq_len + 1)
             tokens = torch.randint(0, config.vocab_size, shape)
@@ -54,7 +57,7 @@ def main(calls: list[list[str]]) -> None:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
-        two_steps(config, world)
+        three_steps(config, world)
         measured.append(
             (resident("VmHWM") - before, estimate_memory(config, world.size, world.device.type).peak)
         )
