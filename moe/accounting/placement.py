@@ -38,7 +38,7 @@ def placements(config: Config, world_size: int, memory_bytes: int) -> list[Place
     """
     found = []
     stages = (2,) if config.parallel.precision == "bf16" else (1, 2)
-    largest = 1 if config.train.compile else min(world_size, config.moe.num_experts)
+    largest = min(world_size, config.moe.num_experts)
     for ep_size, zero_stage, checkpointing in product(range(1, largest + 1), stages, (False, True)):
         if world_size % ep_size or config.moe.num_experts % ep_size:
             continue

@@ -39,6 +39,7 @@ class AllToAllDispatcher:
         share = num_experts // self.num_ranks
         return range(self.rank * share, (self.rank + 1) * share)
 
+    @torch.compiler.disable  # the numbers of rows are the host's, and the transfers are under way meanwhile
     def dispatch(self, hidden: Tensor, routing: RouterOutput, capacity: int | None = None) -> InFlight:
         """Send the tokens to the ranks of their experts; see `Dispatcher.dispatch`."""
         num_experts = routing.router_probs.shape[1]
@@ -86,12 +87,14 @@ class AllToAllDispatcher:
         )
         return InFlight(rows_MD, metadata, exchange if self.overlap else None)
 
+    @torch.compiler.disable
     def receive(self, in_flight: InFlight) -> Tensor:
         """Wait for the rows; see `Dispatcher.receive`."""
         if in_flight.exchange is None:
             return in_flight.rows
         return in_flight.exchange.wait(in_flight.rows)
 
+    @torch.compiler.disable
     def combine(self, sums: Tensor, metadata: DispatchMetadata) -> Tensor:
         """Send the sums back and add them up by token; see `Dispatcher.combine`."""
         route = metadata.route

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from moe.accounting.communication import estimate_communication, rows_per_token
 from moe.config import load_config, parse_config
 from moe.training.engine import Engine, start
-from tests.support.memory_probe import two_steps
+from tests.support.memory_probe import three_steps
 from tests.support.paths import TINY
 from tests.support.ranks import run_ranks
 
@@ -33,7 +33,7 @@ def reduced(calls):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dist, "all_reduce", all_reduce)
             patch.setattr(Engine, "step", step)
-            two_steps(config, world)
+            three_steps(config, world)
         micro_steps = config.accumulation_steps(world.size)
         results.append(
             (after[-1] - after[-1 - micro_steps], estimate_communication(config, world.size).gradients)
