@@ -5,6 +5,9 @@ R ranks that split the experts, C destinations of a token (at most R once per ra
 k choices sent with a row, S rows sent, M rows that arrive, D d_model.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,14 @@ from moe.dispatch.local import LocalDispatcher
 from moe.dispatch.permutation import count_assignments, permute, plan_routed, unpermute
 from moe.distributed.collectives import RowExchange, exchange_counts
 from moe.distributed.groups import ParallelGroups
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _not_compiled(method: _Method) -> _Method:
+    """Leave a method out of torch.compile: the host has to know the numbers of rows."""
+    return cast("_Method", torch.compiler.disable(method))
 
 
 class AllToAllDispatcher:
@@ -39,7 +50,7 @@ class AllToAllDispatcher:
         share = num_experts // self.num_ranks
         return range(self.rank * share, (self.rank + 1) * share)
 
-    @torch.compiler.disable  # the numbers of rows are the host's, and the transfers are under way meanwhile
+    @_not_compiled
     def dispatch(self, hidden: Tensor, routing: RouterOutput, capacity: int | None = None) -> InFlight:
         """Send the tokens to the ranks of their experts; see `Dispatcher.dispatch`."""
         num_experts = routing.router_probs.shape[1]
@@ -87,14 +98,14 @@ class AllToAllDispatcher:
         )
         return InFlight(rows_MD, metadata, exchange if self.overlap else None)
 
-    @torch.compiler.disable
+    @_not_compiled
     def receive(self, in_flight: InFlight) -> Tensor:
         """Wait for the rows; see `Dispatcher.receive`."""
         if in_flight.exchange is None:
             return in_flight.rows
         return in_flight.exchange.wait(in_flight.rows)
 
-    @torch.compiler.disable
+    @_not_compiled
     def combine(self, sums: Tensor, metadata: DispatchMetadata) -> Tensor:
         """Send the sums back and add them up by token; see `Dispatcher.combine`."""
         route = metadata.route
