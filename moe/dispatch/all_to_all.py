@@ -19,7 +19,6 @@ from moe.dispatch.permutation import count_assignments, permute, plan_routed, un
 from moe.distributed.collectives import RowExchange, exchange_counts
 from moe.distributed.groups import ParallelGroups
 
-
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
