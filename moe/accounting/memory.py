@@ -23,7 +23,7 @@ class Memory:
 
     weights: int  # in the training precision; of the routed experts only the rank's own
     optimizer: int  # the rank's ZeRO shard of Adam's moments and, in bf16, of fp32 master weights
-    gradients: int  # of one global batch; under ZeRO 2 the rank's shard
+    gradients: int  # their sum in fp32, under ZeRO 2 the rank's shard; in bf16 under ZeRO 1 the new ones too
     bucket: int  # DeepSpeed's buffer for reducing gradients; a single process under ZeRO 1 needs none
     activations: int  # what the forward pass keeps for the backward pass
     recomputed: int  # activations of the block that is being recomputed, with activation checkpointing
@@ -68,18 +68,19 @@ def estimate_memory(config: Config, world_size: int, device: str) -> Memory:
     mask = config.data.seq_len * width * config.data.document_masks  # one for all layers
     final_norm = (2 * FP32 + width) * model.d_model
     embedding = _dropout_mask(config)
+    accumulated = FP32 if width == FP32 else FP32 + width
     routers = counts.by_part.get("router", 0) * (FP32 - width)  # which stay in fp32
     return Memory(
         weights=held * width + routers,
         optimizer=share * (MOMENTS_BYTES + (FP32 if width != FP32 else 0)),
-        gradients=share * FP32 if parallel.zero_stage == 2 else held * width,
+        gradients=share * FP32 if parallel.zero_stage == 2 else held * accumulated,
         bucket=reduce_bucket(config, world_size, device) * width,
         activations=tokens * (embedding + kept + final_norm + mask),
         recomputed=tokens * max(blocks) if recomputes else 0,
         temporary=tokens * max(_temporary(config, layer, device) for layer in range(model.n_layers)),
         dispatch=int(tokens * 2 * rows_per_token(config) * model.d_model * width),
         loss=_loss(config, tokens),
-        update=share * (FP32 + (FP32 if parallel.zero_stage == 2 else width)),
+        update=share * 2 * FP32,
         accumulates=config.accumulation_steps(world_size) > 1,
     )
 

@@ -37,9 +37,8 @@ def placements(config: Config, world_size: int, memory_bytes: int) -> list[Place
     are ordered by peak memory. All other settings are those of the configuration.
     """
     found = []
-    stages = (2,) if config.parallel.precision == "bf16" else (1, 2)
     largest = min(world_size, config.moe.num_experts)
-    for ep_size, zero_stage, checkpointing in product(range(1, largest + 1), stages, (False, True)):
+    for ep_size, zero_stage, checkpointing in product(range(1, largest + 1), (1, 2), (False, True)):
         if world_size % ep_size or config.moe.num_experts % ep_size:
             continue
         parallel = config.parallel.model_copy(update={"ep_size": ep_size, "zero_stage": zero_stage})

@@ -94,8 +94,6 @@ def training_conflicts(
     if train.global_batch_size % train.micro_batch_size:
         problem = f"{train.micro_batch_size} does not divide train.global_batch_size"
         yield "train.micro_batch_size", f"{problem} ({train.global_batch_size}); choose a divisor"
-    if parallel.precision == "bf16" and parallel.zero_stage == 1:
-        yield ("parallel.zero_stage", "1 would add up gradients in bf16; use 2 with parallel.precision=bf16")
     if optim.warmup_steps is not None and optim.warmup_steps > train.steps:
         problem = f"{optim.warmup_steps} is more than train.steps ({train.steps})"
         yield "optim.warmup_steps", f"{problem}; lower it, or use null"

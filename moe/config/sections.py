@@ -223,9 +223,8 @@ class ParallelConfig(Section):
     precision: _Extends[Literal["fp32", "bf16"]] = _key(
         "fp32", "of weights and activations, not of the router"
     )
-    zero_stage: Literal[1, 2] = Field(
-        default_factory=lambda data: 2 if data.get("precision") == "bf16" else 1,
-        description="ZeRO stage; default 1, in bf16 2, which alone adds up gradients in fp32",
+    zero_stage: Literal[1, 2] = _key(
+        1, "ZeRO stage; 1 reduces gradients once a step, 2 after each micro batch, and holds a share of them"
     )
     keep_freed_memory: bool = _key(
         True, "on CPU with glibc, reuse freed memory instead of giving it back to the system: faster"

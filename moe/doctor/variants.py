@@ -40,10 +40,9 @@ class Variant(NamedTuple):
 def variants(config: Config, rank_counts: Sequence[int], every: bool) -> Iterator[Variant]:
     """Every way to run it on these numbers of ranks, one rank first.
 
-    With `every`, also with both ZeRO stages in fp32, and with micro batches of 4 and 1.
+    With `every`, also with both ZeRO stages, and with micro batches of 4 and 1.
     """
-    both = every and config.parallel.precision == "fp32"
-    stages = (1, 2) if both else (config.parallel.zero_stage,)
+    stages = (1, 2) if every else (config.parallel.zero_stage,)
     micro_batches = (4, 1) if every else (config.train.micro_batch_size,)
     for ranks in rank_counts:
         for ep_size in range(1, ranks + 1):

@@ -10,8 +10,8 @@ _REDUCE_BUCKET_CPU, _REDUCE_BUCKET_GPU = 4_000_000, 50_000_000
 
 
 def reduces_gradients(config: Config, world_size: int) -> bool:
-    """Whether DeepSpeed has anything to reduce; a single process under ZeRO 1 has not."""
-    return world_size > 1 or config.parallel.zero_stage == 2
+    """Whether DeepSpeed reduces gradients or adds them up in fp32; alone in fp32 under ZeRO 1 it need not."""
+    return world_size > 1 or config.parallel.zero_stage == 2 or config.parallel.precision == "bf16"
 
 
 def reduce_bucket(config: Config, world_size: int, device: str) -> int:
@@ -23,7 +23,7 @@ def reduce_bucket(config: Config, world_size: int, device: str) -> int:
 
 def deepspeed_config(config: Config, world_size: int, device: str) -> dict[str, Any]:
     """DeepSpeed's JSON configuration for a run on devices such as `cpu` or `cuda`."""
-    settings = {
+    return {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps(world_size),
@@ -38,8 +38,6 @@ def deepspeed_config(config: Config, world_size: int, device: str) -> dict[str, 
         "communication_data_type": "fp32",  # a mean over ranks in bf16 is off by 2e-3
         "timers": {"throughput": {"enabled": False}},  # waits for the device twice a micro batch
         "bf16": {"enabled": config.parallel.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
     }
-    if config.parallel.zero_stage == 2:
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return settings

@@ -6,6 +6,8 @@ A single process runs the same code with world size 1, and a CPU the same code o
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -122,11 +124,12 @@ class Engine:
             betas=config.optim.betas,
             fused=True,  # on CPU it also keeps DeepSpeed from compiling its own Adam
         )
-        wrapped, *_ = deepspeed.initialize(
-            model=model.to(world.device),
-            optimizer=optimizer,
-            config=deepspeed_config(config, world.size, world.device.type),
-        )
+        with _one_zero_optimizer():
+            wrapped, *_ = deepspeed.initialize(
+                model=model.to(world.device),
+                optimizer=optimizer,
+                config=deepspeed_config(config, world.size, world.device.type),
+            )
         self._deepspeed: Any = wrapped
         # Routers' gradients are fp32, and bf16 ones are reduced in it.
         self._deepspeed.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
@@ -239,6 +242,23 @@ def _split_experts(model: nn.Module, groups: list[dict[str, Any]], ep_size: int)
             for weight in module.parameters():
                 weight.allreduce, weight.group_name = False, f"ep_size_{ep_size}"  # type: ignore[attr-defined]
     return split_params_into_different_moe_groups_for_optimizer(groups)
+
+
+@contextmanager
+def _one_zero_optimizer() -> Iterator[None]:
+    """Let DeepSpeed take the same optimizer in bf16 as in fp32.
+
+    Under stage 1 with fp32 gradients it would take `BF16_Optimizer`, whose norm leaves experts out.
+    """
+    from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+
+    engine: Any = DeepSpeedEngine
+    choose = engine._do_optimizer_sanity_check
+    engine._do_optimizer_sanity_check = lambda *_: ZERO_OPTIMIZATION
+    try:
+        yield
+    finally:
+        engine._do_optimizer_sanity_check = choose
 
 
 def _quiet_deepspeed() -> None:

@@ -12,13 +12,14 @@ from tests.support.ranks import run_ranks
 MICRO_BATCHES, RANKS = 16, 4
 
 
-def error_of_the_gradient(ep_size: int) -> tuple[float, float]:
+def error_of_the_gradient(ep_size: int, zero_stage: int) -> tuple[float, float]:
     """Squared error of this rank's share of the engine's gradient, and the squared norm of that share.
 
     The reference is the sum, in fp64, of the same bf16 gradients, taken by plain autograd.
     """
+    parallel = {"precision": "bf16", "ep_size": ep_size, "zero_stage": zero_stage}
     train = {"global_batch_size": 2 * MICRO_BATCHES * RANKS, "micro_batch_size": 2}
-    config = make_config(train=train, parallel={"precision": "bf16", "ep_size": ep_size})
+    config = make_config(train=train, parallel=parallel)
     world = start(config.parallel)
     engine = make_engine(config, world)
     plain = Transformer(config, choose_dispatcher(world.groups, config.parallel), "grouped_mm")
@@ -61,9 +62,10 @@ def error_of_the_gradient(ep_size: int) -> tuple[float, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 2])
 @pytest.mark.parametrize("ep_size", [1, 2])
-def test_sixteen_micro_batches_on_four_ranks_add_up_as_in_fp32(ep_size):
-    results = run_ranks(RANKS, error_of_the_gradient, ep_size)
+def test_sixteen_micro_batches_on_four_ranks_add_up_as_in_fp32(ep_size, zero_stage):
+    results = run_ranks(RANKS, error_of_the_gradient, ep_size, zero_stage)
     error, total = (sum(part) for part in zip(*results, strict=True))
     assert total > 0
     assert (error / total) ** 0.5 < 1e-6  # 2e-3 if the ranks reduce in bf16

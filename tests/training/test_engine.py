@@ -21,7 +21,7 @@ from tests.support.checkpoints import newest
 from tests.support.engines import batches, loss_of, make_config, make_engine, run_engine
 from tests.support.models import gradient_of, moe_of
 
-WAYS = [(1, "fp32"), (2, "fp32"), (2, "bf16")]  # ZeRO stage and precision
+WAYS = [(1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]  # ZeRO stage and precision
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def test_recomputation_overlap_and_the_way_to_send_change_no_step():
 
 
 # ZeRO stage, precision, gradient clipping
-REPLICATED = [(1, "fp32", 0.5), (2, "fp32", 0.0), (2, "bf16", 0.5), (2, "bf16", 0.0)]
+REPLICATED = [(1, "fp32", 0.5), (2, "fp32", 0.0), (1, "bf16", 0.5), (2, "bf16", 0.0)]
 
 
 def assert_norms_are_those_of_the_first_moments(engine, norms, grad_clip, case):

@@ -44,7 +44,7 @@ def test_the_window_is_the_last_128_norms_and_can_be_taken_up_again():
     assert skipped(second, [3.7, 3.9]) == [3.9]
 
 
-@pytest.mark.parametrize(("zero_stage", "precision"), [(1, "fp32"), (2, "fp32"), (2, "bf16")])
+@pytest.mark.parametrize(("zero_stage", "precision"), [(1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_skipped_update_leaves_weights_and_moments_as_they_are(zero_stage, precision, bad):
     config = make_config(parallel={"zero_stage": zero_stage, "precision": precision})
