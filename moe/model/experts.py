@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from moe.dispatch.permutation import Permutation
 from moe.model.grouped_swiglu import ExpertPath, choose_expert_path, grouped_swiglu, swiglu
+from moe.model.products import cast_in_autocast
 
 
 class SwiGLU(nn.Module):
@@ -56,11 +57,11 @@ class GroupedExperts(nn.Module):
             permutation: which row of the E experts holds which choice of these tokens.
 
         Returns:
-            (M, D), same dtype.
+            (M, D), same dtype, or that of `torch.autocast`.
         """
-        weights = (self.w_gate, self.w_up, self.w_down)
+        tokens, *weights = cast_in_autocast(tokens, self.w_gate, self.w_up, self.w_down)
         path: ExpertPath | None = self.path
         if path is None:
             rows = len(permutation.assignment_of_row)
-            path = choose_expert_path(self.w_gate.shape, self.w_gate.dtype, self.w_gate.device, rows)
+            path = choose_expert_path(weights[0].shape, tokens.dtype, tokens.device, rows)
         return grouped_swiglu(tokens, gate_weights, weights, permutation, path)

@@ -30,7 +30,7 @@ class LayerCache(NamedTuple):
         """Keep the new tokens' keys and values (B, G, S, Q); return all that is kept, (B, G, C, Q)."""
         sequences_B1 = torch.arange(len(key), device=key.device)[:, None]
         for kept, new in ((self.keys, key), (self.values, value)):
-            kept[sequences_B1, :, self.positions] = new.transpose(1, 2)
+            kept[sequences_B1, :, self.positions] = new.transpose(1, 2).to(kept.dtype)  # it may be torch.autocast's
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from moe.dispatch.interface import RouterOutput
-from moe.model.products import linear
+from moe.model.products import is_autocast, linear
 
 
 class Router(nn.Module):
     """Softmax top-k gating over fp32 logits.
 
-    Weight and arithmetic are fp32 whatever the dtype of the input and of the rest of the model, since what is
-    rounded to bf16 changes which expert wins (Fedus et al. 2021, section 2.4). The gate weights are the
-    probabilities of the chosen experts (Shazeer et al. 2017), with `normalize_gate_weights` divided by their
-    sum.
+    Weight and arithmetic are fp32 whatever the dtype of the input, of the rest of the model and of
+    `torch.autocast`, since what is rounded to bf16 changes which expert wins (Fedus et al. 2021, section 2.4).
+    The gate weights are the probabilities of the chosen experts (Shazeer et al. 2017), with
+    `normalize_gate_weights` divided by their sum.
 
     Args:
         d_model: D.
@@ -58,6 +58,9 @@ class Router(nn.Module):
         Args:
             hidden: (T, D), any float type.
         """
+        if is_autocast(hidden.device):
+            with torch.autocast(hidden.device.type, enabled=False):
+                return self.forward(hidden)
         dtype = torch.promote_types(hidden.dtype, torch.float32)  # fp64 stays, for gradient checks
         logits_TE = linear(hidden.to(dtype), self.weight.to(dtype))
         probs_TE = logits_TE.softmax(dim=1)

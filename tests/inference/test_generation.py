@@ -230,3 +230,12 @@ def test_values_out_of_range_are_refused_by_name(values, complaint):
     with pytest.raises(ConfigError) as caught:
         Sampling(**values)
     assert str(caught.value).startswith(complaint)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_model_generates_under_autocast(qk_norm):
+    model = make_model(model={"qk_norm": qk_norm})
+    sampling = replace(SAMPLING, temperature=0, max_new_tokens=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = generate_tokens(model, PROMPT, sampling)
+        assert tokens.tolist() == naive(model, PROMPT.tolist(), sampling)

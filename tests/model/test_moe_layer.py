@@ -204,3 +204,27 @@ def test_hand_written_logits_give_the_hand_written_kept_set():
     assert (out[0].abs().sum(1) > 0).tolist() == [True, True, True, False]  # token 3 has the lowest gate
     assert aux.tokens_per_expert.tolist() == [3, 1]
     assert int(aux.dropped_tokens) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", [None, "loop", "reference"])
+def test_under_autocast_the_layer_computes_in_its_dtype_like_a_linear_and_the_router_in_fp32(path, dtype):
+    """Against the same layer on rounded weights and tokens; fp64 stays, as it does in a Linear."""
+    layer, hidden = make_layer(path, torch.float32, num_shared_experts=1), torch.randn(2, 9, D_MODEL)
+    hidden = hidden.to(dtype).requires_grad_()
+    rounded = make_layer(path, torch.float32, num_shared_experts=1).to(dtype)
+    expected, expected_aux = rounded(hidden)
+    for given in (hidden, hidden.float()):
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=dtype):
+            output, aux = layer(given)
+            assert torch.equal(layer(given.detach())[0], output)
+            with torch.no_grad():
+                torch.testing.assert_close(layer(given)[0], output)
+        assert output.dtype == dtype
+        torch.testing.assert_close(output, expected)
+        assert torch.equal(aux.router_z_loss, expected_aux.router_z_loss), "the router's logits"
+        (output.float().sum() + aux.load_balancing_loss).backward()
+        assert {gradient_of(weight).dtype for weight in layer.parameters()} == {torch.float32}
+    with torch.autocast("cpu", dtype=dtype):
+        assert layer.double()(hidden.double())[0].dtype == torch.float64

@@ -71,3 +71,11 @@ def test_without_onednn_the_products_are_pytorchs(monkeypatch):
     x, weight = torch.randn(4, 6), torch.randn(5, 6)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
     assert torch.equal(DENSE.weight_grad(x, x, None), x.T @ x)
+
+
+def test_under_autocast_a_linear_map_is_that_of_pytorch(monkeypatch):
+    monkeypatch.setattr(products, "PREFERS_ONEDNN", True)
+    ours, x = Linear(8, 16), torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+        assert torch.equal(ours(x), F.linear(x, ours.weight))
