@@ -139,6 +139,19 @@ def test_an_input_of_a_wrong_shape_or_type_is_a_value_error(hidden):
         layer(hidden)
 
 
+def test_an_input_in_another_dtype_than_the_experts_is_a_value_error():
+    layer = MoELayer(16, MoEConfig(num_experts=4, d_ff_expert=32))
+    expected = "hidden is of torch.bfloat16 and the experts are of torch.float32; convert one of them, or use"
+    with pytest.raises(ValueError, match=expected):
+        layer(torch.zeros(1, 5, 16, dtype=torch.bfloat16))
+    layer.bfloat16()(torch.zeros(1, 5, 16, dtype=torch.bfloat16))
+
+
+def test_settings_of_another_type_are_a_value_error():
+    with pytest.raises(ValueError, match="moe should be a MoEConfig, got Config"):
+        MoELayer(16, Config())  # pyright: ignore[reportArgumentType]
+
+
 def test_tokens_and_targets_of_a_wrong_shape_or_type_are_value_errors():
     config = moe.config.parse_config(SMALL)
     model, tokens = Transformer(config), torch.zeros(2, 9, dtype=torch.int64)

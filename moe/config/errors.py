@@ -9,6 +9,16 @@ class ConfigError(ValueError):
         self.key, self.message = key, message
 
 
+def check_type(name: str, value: object, kind: type) -> None:
+    """Refuse an argument of another type.
+
+    Raises:
+        ValueError: naming both types.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} should be a {kind.__name__}, got {type(value).__name__}")
+
+
 class RunError(Exception):
     """The run itself failed. The message is one line."""
 

@@ -30,7 +30,8 @@ class LayerCache(NamedTuple):
         """Keep the new tokens' keys and values (B, G, S, Q); return all that is kept, (B, G, C, Q)."""
         sequences_B1 = torch.arange(len(key), device=key.device)[:, None]
         for kept, new in ((self.keys, key), (self.values, value)):
-            kept[sequences_B1, :, self.positions] = new.transpose(1, 2).to(kept.dtype)  # it may be torch.autocast's
+            # What is new may have the dtype of torch.autocast.
+            kept[sequences_B1, :, self.positions] = new.transpose(1, 2).to(kept.dtype)
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 

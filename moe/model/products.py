@@ -114,6 +114,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return _Linear.apply(x, weight) if is_training else F.linear(x, weight)
 
 
+def new_weight(*shape: int, fan_in: int) -> nn.Parameter:
+    """A weight of this shape that starts as that of `nn.Linear`, from PyTorch's random numbers."""
+    bound = fan_in**-0.5
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
 class Linear(nn.Linear):
     """`torch.nn.Linear` without a bias, by `linear`."""
 

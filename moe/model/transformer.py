@@ -50,7 +50,7 @@ class Block(nn.Module):
         elif moe.is_dense:  # one expert that every token goes to is a dense block, and needs no router
             self.ffn = SwiGLU(model.d_model, (1 + moe.num_shared_experts) * moe.d_ff_expert)
         else:
-            self.ffn = MoELayer(model.d_model, moe, dispatcher, expert_path, seed=None)
+            self.ffn = MoELayer(model.d_model, moe, dispatcher, expert_path)
 
     def forward(
         self,

@@ -90,3 +90,11 @@ def test_two_layers_collapsed_on_different_experts_are_not_balanced():
 def test_entropy_is_the_log_of_the_experts_when_undecided_and_zero_when_certain():
     assert router_entropy(torch.full((3, 8), 1 / 8)).item() == pytest.approx(math.log(8), rel=1e-6)
     assert router_entropy(torch.eye(8)).item() == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4)])
+def test_without_tokens_all_of_them_are_0(shape):
+    probs = torch.zeros(shape)
+    assert load_balancing_loss(probs, torch.zeros(*shape[:2], 2, dtype=torch.int64)) == 0
+    assert router_z_loss(probs.flatten(0, 1)) == 0
+    assert router_entropy(probs.flatten(0, 1)) == 0
