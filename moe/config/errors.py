@@ -1,5 +1,7 @@
 """The errors that reach a user as one line."""
 
+from types import UnionType
+
 
 class ConfigError(ValueError):
     """The user's input is wrong. The message is one line: the dotted key, what is wrong, and the fix."""
@@ -9,14 +11,15 @@ class ConfigError(ValueError):
         self.key, self.message = key, message
 
 
-def check_type(name: str, value: object, kind: type) -> None:
+def check_type(name: str, value: object, kind: type | UnionType) -> None:
     """Refuse an argument of another type.
 
     Raises:
-        ValueError: naming both types.
+        ConfigError: naming both types.
     """
     if not isinstance(value, kind):
-        raise ValueError(f"{name} should be a {kind.__name__}, got {type(value).__name__}")
+        expected = getattr(kind, "__name__", kind)
+        raise ConfigError(name, f"should be of type {expected}, got {type(value).__name__}")
 
 
 class RunError(Exception):

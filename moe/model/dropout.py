@@ -25,7 +25,7 @@ def dropout_keys(seed: int, step: int, samples: Sequence[int]) -> Tensor:
     Returns:
         (B,) int32.
     """
-    keys = [np.random.SeedSequence([seed, step, int(sample)]).generate_state(1)[0] for sample in samples]
+    keys = [np.random.SeedSequence([seed, step, sample]).generate_state(1)[0] for sample in samples]
     return torch.from_numpy(np.array(keys, dtype=np.uint32).view(np.int32))
 
 

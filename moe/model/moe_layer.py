@@ -65,8 +65,8 @@ class MoELayer(nn.Module):
             are in this process.
         expert_path: how the experts multiply; see `GroupedExperts`.
         seed: the weights start as in `initial_weights` of this seed, so layers of one seed start equal. None:
-            as those of `nn.Linear`, from PyTorch's random numbers. Several ranks need one, since their routers
-            have to be equal.
+            as those of `nn.Linear`, from PyTorch's random numbers. Several ranks need a seed, as their
+            routers have to be equal.
 
     Raises:
         ValueError: an argument of another type, or settings that do not go together.

@@ -239,3 +239,22 @@ def test_a_model_generates_under_autocast(qk_norm):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tokens = generate_tokens(model, PROMPT, sampling)
         assert tokens.tolist() == naive(model, PROMPT.tolist(), sampling)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens: should be of type int, got float"),
+        ({"temperature": "hot"}, r"temperature: should be of type int \| float, got str"),
+        ({"seed": None}, "seed: should be of type int, got NoneType"),
+        ({"top_k": 0.5}, r"top_k: should be of type int \| None, got float"),
+        ({"stop": None}, "stop: should be of type Sequence, got NoneType"),
+        ({"stop": [1]}, "stop: should be of type str, got int"),
+        ({"stop": ""}, "stop: should not be empty"),
+    ],
+    ids=str,
+)
+def test_values_of_sampling_of_another_type_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**values)
+    assert Sampling(stop="end", temperature=1).stop == ("end",)

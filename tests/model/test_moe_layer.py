@@ -21,7 +21,7 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
 }
 
 
-def make_layer(path: ExpertPath = "loop", dtype=torch.float64, seed=0, **moe):
+def make_layer(path: ExpertPath | None = "loop", dtype=torch.float64, seed=0, **moe):
     settings: dict[str, Any] = {"num_experts": 6, "top_k": 2, "d_ff_expert": 24} | moe
     layer = MoELayer(D_MODEL, MoEConfig(**settings), expert_path=path, seed=seed).to(dtype)
     with torch.no_grad():
@@ -249,7 +249,7 @@ _EXPERTS, _GATES = r"expert_indices should be \(6, 2\) of torch.int64", r"gate_w
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (tuple(ROUTED), "what the router returns should be a RouterOutput, got tuple"),
+        (tuple(ROUTED), "what the router returns: should be of type RouterOutput, got tuple"),
         (ROUTED._replace(gate_weights=torch.ones(6, 4)), _GATES),
         (ROUTED._replace(gate_weights=torch.ones(2, 6)), _GATES),
         (ROUTED._replace(gate_weights=torch.ones(6, 2).bfloat16()), f"{_GATES}torch.float32, got .*bfloat16"),
