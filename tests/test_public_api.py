@@ -32,6 +32,14 @@ def test_every_public_name_is_that_of_its_home(home, name):
     assert getattr(moe, name) is getattr(importlib.import_module(home), name)
 
 
+def test_all_public_names_are_listed_and_come_with_a_star():
+    assert sorted(moe.__all__) == sorted(name for _, name in NAMES)
+    assert {*moe.__all__} <= {*dir(moe)}
+    names: dict[str, object] = {}
+    exec("from moe import *", names)
+    assert names.keys() >= {*moe.__all__}
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'moe' has no attribute 'Layer'"):
         _ = moe.Layer  # pyright: ignore[reportAttributeAccessIssue]
