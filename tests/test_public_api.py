@@ -190,6 +190,8 @@ def test_a_cache_of_other_sequences_or_without_room_is_a_value_error():
     with pytest.raises(ValueError, match="the cache is of 3 sequences, and tokens of 1"):
         model(tokens, cache=model.new_cache(3))
     cache = model.new_cache(1)
+    with torch.enable_grad(), pytest.raises(ValueError, match=r"use it under torch.no_grad\(\)"):
+        model(tokens, cache=cache)
     model(tokens, cache=cache)
     with pytest.raises(ValueError, match=r"has room for 256 tokens \(max_seq_len\), not for 400"):
         model(tokens, cache=cache)

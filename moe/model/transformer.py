@@ -128,13 +128,15 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: the tokens have another shape or type, or are too many; on a CPU, also a token that is
-                not in the vocabulary; the cache is of another number of sequences.
+                not in the vocabulary. The cache is of another number of sequences, or used with gradients.
         """
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             got = f"{tuple(tokens.shape)} of {tokens.dtype}"
             raise ValueError(f"tokens should be (batch, sequence) of int64, got {got}")
         if tokens.shape[1] > self.max_seq_len:
             raise ValueError(f"{tokens.shape[1]} tokens are more than max_seq_len ({self.max_seq_len})")
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("a cache is for generating: use it under torch.no_grad()")
         if cache is not None and len(cache.lengths) != len(tokens):
             raise ValueError(f"the cache is of {len(cache.lengths)} sequences, and tokens of {len(tokens)}")
         try:
