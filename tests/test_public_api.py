@@ -32,6 +32,14 @@ def test_every_public_name_is_that_of_its_home(home, name):
     assert getattr(moe, name) is getattr(importlib.import_module(home), name)
 
 
+def test_all_public_names_are_listed_and_come_with_a_star():
+    assert sorted(moe.__all__) == sorted(name for _, name in NAMES)
+    assert {*moe.__all__} <= {*dir(moe)}
+    names: dict[str, object] = {}
+    exec("from moe import *", names)
+    assert names.keys() >= {*moe.__all__}
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'moe' has no attribute 'Layer'"):
         _ = moe.Layer  # pyright: ignore[reportAttributeAccessIssue]
@@ -139,16 +147,55 @@ def test_an_input_of_a_wrong_shape_or_type_is_a_value_error(hidden):
         layer(hidden)
 
 
+def test_an_input_in_another_dtype_than_the_experts_is_a_value_error():
+    layer = MoELayer(16, MoEConfig(num_experts=4, d_ff_expert=32))
+    expected = "hidden is of torch.bfloat16 and the experts are of torch.float32; convert one of them, or use"
+    with pytest.raises(ValueError, match=expected):
+        layer(torch.zeros(1, 5, 16, dtype=torch.bfloat16))
+    layer.bfloat16()(torch.zeros(1, 5, 16, dtype=torch.bfloat16))
+
+
+def test_settings_of_another_type_are_a_value_error():
+    with pytest.raises(ValueError, match="moe: should be of type MoEConfig, got Config"):
+        MoELayer(16, Config())  # pyright: ignore[reportArgumentType]
+
+
 def test_tokens_and_targets_of_a_wrong_shape_or_type_are_value_errors():
     config = moe.config.parse_config(SMALL)
     model, tokens = Transformer(config), torch.zeros(2, 9, dtype=torch.int64)
-    for wrong in (tokens[0], tokens.float()):
+    for wrong in (tokens[0], tokens.float(), tokens.byte()):
         with pytest.raises(ValueError, match=r"^tokens should be \(batch, sequence\) of int64, got \("):
             model(wrong)
     with pytest.raises(ValueError, match=r"^257 tokens are more than max_seq_len \(256\)"):
         model(torch.zeros(1, 257, dtype=torch.int64))
+    for token in (-1, 50):
+        with pytest.raises(ValueError, match=r"should be from 0 to 49 \(model.vocab_size\), got "):
+            model(tokens + token)
+    output, targets = model(tokens[:, :-1]), tokens[:, 1:]
     with pytest.raises(ValueError, match=r"^targets should be \(batch, sequence\) = \(2, 8\), got \(2, 9\)"):
-        training_loss(model(tokens[:, :-1]), tokens, config.moe)
+        training_loss(output, tokens, config.moe)
+    with pytest.raises(ValueError, match=r"^targets should be of int64, got torch.int32"):
+        training_loss(output, targets.int(), config.moe)
+    with pytest.raises(ValueError, match=r"^output: should be of type TransformerOutput, got Tensor"):
+        training_loss(output.logits, targets, config.moe)
+    with pytest.raises(ValueError, match=r"^moe: should be of type MoEConfig, got Config"):
+        training_loss(output, targets, config)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"^config: should be of type Config, got ModelConfig"):
+        Transformer(config.model)  # pyright: ignore[reportArgumentType]
+
+
+@torch.no_grad()
+def test_a_cache_of_other_sequences_or_without_room_is_a_value_error():
+    model, tokens = Transformer(moe.config.parse_config(SMALL)), torch.zeros(1, 200, dtype=torch.int64)
+    with pytest.raises(ValueError, match="the cache is of 3 sequences, and tokens of 1"):
+        model(tokens, cache=model.new_cache(3))
+    cache = model.new_cache(1)
+    with torch.enable_grad(), pytest.raises(ValueError, match=r"use it under torch.no_grad\(\)"):
+        model(tokens, cache=cache)
+    model(tokens, cache=cache)
+    with pytest.raises(ValueError, match=r"has room for 256 tokens \(max_seq_len\), not for 400"):
+        model(tokens, cache=cache)
+    assert cache.lengths.tolist() == [200]
 
 
 def test_the_version_is_that_of_the_package_and_its_types_are_marked():

@@ -204,6 +204,19 @@ def test_every_python_example_runs_as_it_is_shown(folder: str, tiny: Path):
         run([sys.executable, "-c", example])
 
 
+@pytest.mark.slow
+def test_every_python_example_satisfies_a_type_checker(tmp_path: Path):
+    """In another folder and by PYTHONPATH, so that the library is seen as an installed one."""
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "basic"}')
+    for folder, page in PAGES.items():
+        for number, example in enumerate(re.findall(r"```python\n(.*?)```", page, re.DOTALL)):
+            (tmp_path / f"{folder}_{number}.py").write_text(example)
+    words = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--project", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+
+
 def test_the_front_page_is_short():
     assert len(PAGES[""].splitlines()) <= 200
     assert len(PAGES[""].split()) <= 1500

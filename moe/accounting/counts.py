@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from moe.config import Config
+from moe.config import Config, check_type
 
 PARTS = (  # in the order of all tables
     "embedding", "attention", "norms", "dense_blocks",
@@ -92,8 +92,9 @@ def count_parameters(config: Config) -> ModelCounts:
     """Count the parameters and FLOPs of a configuration.
 
     Raises:
-        ConfigError: `model.vocab_size` is null.
+        ConfigError: `config` is of another type, or its `model.vocab_size` is null.
     """
+    check_type("config", config, Config)
     model, moe, seq_len = config.model, config.moe, config.data.seq_len
     layers = tuple(_count_layer(config, layer) for layer in range(model.n_layers))
     embedding = config.vocab_size * model.d_model

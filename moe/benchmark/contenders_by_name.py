@@ -49,7 +49,7 @@ def build_contender(name: str, problem: LayerProblem) -> Contender:
 def reference_of(problem: LayerProblem) -> ModuleContender:
     """Our layer on its plain autograd path: what the others have to compute."""
     with torch.device("meta"):
-        layer = MoELayer(problem.shape.d_model, problem.shape.moe, expert_path="reference", seed=None)
+        layer = MoELayer(problem.shape.d_model, problem.shape.moe, expert_path="reference")
     layer.load_state_dict(problem.layer.state_dict(), assign=True)
     return ModuleContender("moe_reference", layer, problem)
 

@@ -89,7 +89,7 @@ def measure_rank(config: Config, repeats: int) -> list[dict[str, Any]]:
     world = start(config.parallel)
     dispatcher, device = choose_dispatcher(world.groups, config.parallel), world.device
     dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
-    layer = MoELayer(config.model.d_model, config.moe, dispatcher).to(device, dtype)
+    layer = MoELayer(config.model.d_model, config.moe, dispatcher, seed=0).to(device, dtype)
     hidden, upstream = (_share(config, world, seed).to(device, dtype) for seed in (0, 1))
     hidden.requires_grad_()
 

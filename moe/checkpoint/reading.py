@@ -150,6 +150,6 @@ def newest_checkpoint(folder: Path, check_content: bool = True) -> tuple[Checkpo
         problems = [problem for problem in on_all_ranks(partial(problem_with, step)) if problem]
         if not problems:
             return opened[step], warnings
-        path = checkpoint_path(folder, step)
-        warnings.append(f"checkpoint {path} is damaged ({problems[0]}); trying the one before")
+        outlook = "there is none before it" if step == steps[-1] else "trying the one before"
+        warnings.append(f"checkpoint {checkpoint_path(folder, step)} is damaged ({problems[0]}); {outlook}")
     return None, warnings

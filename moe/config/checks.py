@@ -20,8 +20,9 @@ def model_conflicts(model: ModelConfig, data: DataConfig) -> Iterator[Conflict]:
         problem = f"{model.n_kv_heads} does not divide model.n_heads ({model.n_heads})"
         yield "model.n_kv_heads", f"{problem}; choose a divisor"
     if data.seq_len > model.max_seq_len:
-        problem = f"{data.seq_len} is longer than model.max_seq_len ({model.max_seq_len})"
-        yield "data.seq_len", f"{problem}; raise that"
+        given = str(data.seq_len) if "seq_len" in data.model_fields_set else f"{data.seq_len}, the default,"
+        problem = f"{given} is longer than model.max_seq_len ({model.max_seq_len})"
+        yield "data.seq_len", f"{problem}; lower data.seq_len or raise model.max_seq_len"
 
 
 def data_conflicts(data: DataConfig) -> Iterator[Conflict]:

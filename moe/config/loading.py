@@ -27,6 +27,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: anything wrong in the file or the overrides.
     """
+    if isinstance(overrides, str | Mapping):
+        raise ConfigError("overrides", f'should be a list such as ["moe.num_experts=16"], got {overrides!r}')
     try:
         loaded = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -57,6 +59,8 @@ def _parse_override(item: str) -> DictConfig:
     key, equals, text = item.partition("=")
     if not equals or not key:
         raise ConfigError(item, "is not section.key=value; see train.py --help")
+    if key in Config.model_fields:
+        raise ConfigError(key, f"names no key of this section; write one such as {_first_key(key)}=VALUE")
     if "." not in key:
         raise ConfigError(key, f"names no section{_near_miss(key)}; overrides read section.key=value")
     try:
@@ -135,6 +139,10 @@ def _right_value(key: str, problem: str, value: Any) -> str:
     if field.default is None:
         return "; for none, write null"
     return "" if field.default_factory else f"; write one such as {json.dumps(field.default)}"
+
+
+def _first_key(section: str) -> str:
+    return next(key for key in config_fields() if key.startswith(f"{section}."))
 
 
 def _near_miss(key: str) -> str:

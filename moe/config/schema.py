@@ -58,7 +58,8 @@ class Config(Section):
             ConfigError: `model.vocab_size` is null, so it has to come from the tokenizer: see `resolve`.
         """
         if self.model.vocab_size is None:
-            raise ConfigError("model.vocab_size", "is null; set it, or take the tokenizer's with resolve()")
+            fix = "set it, or take the tokenizer's, as in config.resolve(4096)"
+            raise ConfigError("model.vocab_size", f"is null; {fix}")
         return self.model.vocab_size
 
     @property

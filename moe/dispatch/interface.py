@@ -8,8 +8,10 @@ among these experts.
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from moe.config import check_type
 from moe.dispatch.permutation import Permutation
 from moe.distributed.collectives import RowExchange
 
@@ -28,6 +30,32 @@ class RouterOutput(NamedTuple):
     gate_weights: Tensor
     router_logits: Tensor
     router_probs: Tensor
+
+
+def check_routing(routing: RouterOutput, num_tokens: int, num_experts: int) -> None:
+    """Check what a router returned for T tokens and E experts, without waiting for a GPU.
+
+    Raises:
+        ValueError: it is no `RouterOutput`, or a tensor has another shape or dtype than that asks for; on a
+            CPU, also an expert that does not exist.
+    """
+    check_type("what the router returns", routing, RouterOutput)
+    indices = routing.expert_indices
+    top_k = indices.shape[-1] if indices.dim() else 0
+    for name, tensor in routing._asdict().items():
+        width, dtypes = num_experts, (torch.float32, torch.float64)
+        if name in ("expert_indices", "gate_weights"):
+            width = top_k
+        if name == "expert_indices":
+            dtypes = (torch.int64,)
+        if tensor.shape != (num_tokens, width) or tensor.dtype not in dtypes:
+            got = f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise ValueError(f"{name} should be {(num_tokens, width)} of {dtypes[0]}, got {got}")
+    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        lowest, highest = (int(index) for index in indices.aminmax())
+        if lowest < 0 or highest >= num_experts:
+            expected = f"from 0 to {num_experts - 1}"
+            raise ValueError(f"expert_indices should be {expected}, got {lowest} to {highest}")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from moe.config import ConfigError
+from moe.config import ConfigError, check_type
 from moe.inference.trained_run import TrainedRun
 from moe.model.transformer import Transformer
 
@@ -25,10 +25,10 @@ class Sampling:
             untouched.
         top_k: sample among this many of the likeliest tokens (Fan et al. 2018), of which `top_p` then keeps a
             part; None: among all.
-        stop: the text ends before the first of these strings.
+        stop: the text ends before the first of these strings; a single one may be given as it is.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is of another type or out of its range.
     """
 
     max_new_tokens: int = 200
@@ -39,6 +39,14 @@ class Sampling:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        number = int | float
+        kinds = {"max_new_tokens": int, "temperature": number, "top_p": number, "seed": int}
+        for name, kind in (kinds | {"top_k": int | None, "stop": Sequence}).items():
+            check_type(name, getattr(self, name), kind)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for text in self.stop:
+            check_type("stop", text, str)
         if self.max_new_tokens < 1:
             raise ConfigError("max_new_tokens", f"should be at least 1, got {self.max_new_tokens}")
         if not self.temperature >= 0:
@@ -63,20 +71,27 @@ def generate(
     """The prompt and its continuation by a run from `load_run`; an empty prompt starts a document.
 
     Several prompts, of any lengths, are continued together. Each has the text that it would have alone with
-    its seed.
+    its seed. Raises what `stream` raises.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    texts = list(prompts)
-    for number, piece in stream(run, prompts, sampling):
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    for number, piece in stream(run, list(texts), sampling):
         texts[number] += piece
     return texts[0] if isinstance(prompt, str) else texts
 
 
 def stream(
-    run: TrainedRun, prompts: Sequence[str], sampling: Sampling | None = None
+    run: TrainedRun, prompts: str | Sequence[str], sampling: Sampling | None = None
 ) -> Iterator[tuple[int, str]]:
-    """Continue prompts piece by piece: the place in `prompts`, and the characters that follow."""
-    sampling = sampling or Sampling()
+    """Continue one or several prompts piece by piece: the place in `prompts`, and the characters that follow.
+
+    Raises:
+        ConfigError: an argument is of another type, such as the path of a run.
+    """
+    check_type("run (see load_run)", run, TrainedRun)
+    prompts, sampling = [prompts] if isinstance(prompts, str) else prompts, sampling or Sampling()
+    check_type("sampling", sampling, Sampling)
+    for prompt in prompts:
+        check_type("prompt", prompt, str)
     ids = [run.tokenizer.encode(prompt, add_special_tokens=False).ids or [run.end_id] for prompt in prompts]
     texts = [_Text(run, begin, sampling.stop) for begin in ids]
     decoding = Decoding(run.model, ids, sampling)

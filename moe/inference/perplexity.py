@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe.config import ConfigError, DataConfig
+from moe.config import ConfigError, DataConfig, check_type
 from moe.data.corpus import BadRecords, open_corpus
 from moe.inference.trained_run import TrainedRun
 from moe.model.losses import NOT_COUNTED
@@ -82,12 +82,17 @@ def predict(run: TrainedRun, data: DataConfig, stride: int | None = None) -> Pre
             counted. None: by all, as in training, so that the first tokens of a window have little context.
 
     Raises:
-        ConfigError: the source cannot be read or holds no text, or the stride is longer than a window.
+        ConfigError: the source cannot be read or holds no text, or the stride is below 1 or longer than a
+            window.
     """
+    check_type("run", run, TrainedRun)
+    check_type("data", data, DataConfig)
+    check_type("stride", stride, int | None)
     length, batch = run.config.data.seq_len, run.config.train.micro_batch_size
-    stride = stride or length
-    if stride > length:
-        raise ConfigError("stride", f"should be at most {length}, data.seq_len of the run; got {stride}")
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        expected = f"at least 1 and at most {length}, data.seq_len of the run"
+        raise ConfigError("stride", f"should be {expected}; got {stride}")
     text = _tokenize(run, data)
     last = len(text.tokens) - 1  # no token comes after this one
     starts = [0, *range(stride, last - length + stride, stride)]

@@ -30,8 +30,8 @@ def dropout_keys(seed: int, step: int, samples: Sequence[int]) -> Tensor:
 
 
 def keys_of_places(keys: Tensor, places: int) -> Tensor:
-    """A key for each sample and each of P places in the model: (P, B) int32, of (B,)."""
-    return _mix(_mix(_numbers(places, keys.device))[:, None] + keys)
+    """A key for each sample and each of P places in the model: (P, B) int32, of (B,) as in `dropout`."""
+    return _mix(_mix(_numbers(places, keys.device))[:, None] + _as_int32(keys))
 
 
 def dropout(hidden: Tensor, rate: float, keys: Tensor) -> Tensor:
@@ -40,15 +40,33 @@ def dropout(hidden: Tensor, rate: float, keys: Tensor) -> Tensor:
     Args:
         hidden: (B, S, D), any float type.
         rate: at least 0 and below 1.
-        keys: (B,) int32, of one place.
+        keys: (B,) int32, of one place. Of wider integers the lowest 32 bits count.
 
     Returns:
         (B, S, D), same dtype.
+
+    Raises:
+        ValueError: an argument has another shape, type or range.
     """
+    if hidden.dim() != 3 or not hidden.is_floating_point():
+        got = f"{tuple(hidden.shape)} of {hidden.dtype}"
+        raise ValueError(f"hidden should be (batch, sequence, d_model) of a float type, got {got}")
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate should be at least 0 and below 1, got {rate}")
+    keys = _as_int32(keys)
+    if len(keys) != len(hidden):
+        raise ValueError(f"keys should be one for each of {len(hidden)} samples, got {len(keys)}")
     elements_SD = _mix(_numbers(hidden.shape[1:].numel(), hidden.device)).view(hidden.shape[1:])
     uniform_BSD = _mix(elements_SD + keys[:, None, None])
     lowest_kept = min(round(rate * 2**32), 2**32 - 1) - 2**31
     return torch.where(uniform_BSD >= lowest_kept, hidden / (1 - rate), 0)
+
+
+def _as_int32(keys: Tensor) -> Tensor:
+    if keys.dim() != 1 or keys.is_floating_point():
+        got = f"{tuple(keys.shape)} of {keys.dtype}"
+        raise ValueError(f"keys should be (batch,) of int32, as from dropout_keys, got {got}")
+    return keys.to(torch.int32)
 
 
 def _numbers(count: int, device: torch.device) -> Tensor:

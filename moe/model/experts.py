@@ -1,10 +1,12 @@
 """Feed-forward blocks: one SwiGLU, and E of them in stacked weights."""
 
-import torch
+from typing import get_args
+
 from torch import Tensor, nn
 
 from moe.dispatch.permutation import Permutation
 from moe.model.grouped_swiglu import ExpertPath, choose_expert_path, grouped_swiglu, swiglu
+from moe.model.products import cast_in_autocast, new_weight
 
 
 class SwiGLU(nn.Module):
@@ -17,9 +19,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.w_gate = nn.Parameter(torch.empty(d_model, d_ff))
-        self.w_up = nn.Parameter(torch.empty(d_model, d_ff))
-        self.w_down = nn.Parameter(torch.empty(d_ff, d_model))
+        self.w_gate = new_weight(d_model, d_ff, fan_in=d_model)
+        self.w_up = new_weight(d_model, d_ff, fan_in=d_model)
+        self.w_down = new_weight(d_ff, d_model, fan_in=d_ff)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
@@ -35,17 +37,27 @@ class GroupedExperts(nn.Module):
         d_model: D.
         d_ff_expert: F.
         path: how they multiply, see `grouped_swiglu`. None: the faster way for the device and dtype.
+
+    Raises:
+        ValueError: there is no such path.
     """
 
     def __init__(
         self, num_experts: int, expert_ids: range, d_model: int, d_ff_expert: int, path: ExpertPath | None
     ):
         super().__init__()
+        if path not in (None, *get_args(ExpertPath)):
+            raise ValueError(f"expert_path should be {', '.join(get_args(ExpertPath))} or None, got {path!r}")
         self.num_experts, self.expert_ids = num_experts, expert_ids
-        self.w_gate = nn.Parameter(torch.empty(len(expert_ids), d_model, d_ff_expert))
-        self.w_up = nn.Parameter(torch.empty(len(expert_ids), d_model, d_ff_expert))
-        self.w_down = nn.Parameter(torch.empty(len(expert_ids), d_ff_expert, d_model))
+        self.w_gate = new_weight(len(expert_ids), d_model, d_ff_expert, fan_in=d_model)
+        self.w_up = new_weight(len(expert_ids), d_model, d_ff_expert, fan_in=d_model)
+        self.w_down = new_weight(len(expert_ids), d_ff_expert, d_model, fan_in=d_ff_expert)
         self.path: ExpertPath | None = path
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print`."""
+        _, d_model, d_ff_expert = self.w_gate.shape
+        return f"num_experts={self.num_experts}, {d_model=}, {d_ff_expert=}, path={self.path}"
 
     def forward(self, tokens: Tensor, gate_weights: Tensor, permutation: Permutation) -> Tensor:
         """Sum each token's expert outputs by gate weight; see `grouped_swiglu`.
@@ -56,11 +68,11 @@ class GroupedExperts(nn.Module):
             permutation: which row of the E experts holds which choice of these tokens.
 
         Returns:
-            (M, D), same dtype.
+            (M, D), same dtype, or that of `torch.autocast`.
         """
-        weights = (self.w_gate, self.w_up, self.w_down)
+        tokens, *weights = cast_in_autocast(tokens, self.w_gate, self.w_up, self.w_down)
         path: ExpertPath | None = self.path
         if path is None:
             rows = len(permutation.assignment_of_row)
-            path = choose_expert_path(self.w_gate.shape, self.w_gate.dtype, self.w_gate.device, rows)
+            path = choose_expert_path(weights[0].shape, tokens.dtype, tokens.device, rows)
         return grouped_swiglu(tokens, gate_weights, weights, permutation, path)

@@ -25,7 +25,7 @@ from moe.dispatch.permutation import (
 )
 from moe.model import products
 from moe.model.activation import activate, activate_backward
-from moe.model.products import DENSE, Products, grouped_products
+from moe.model.products import DENSE, Products, cast_in_autocast, grouped_products
 
 ExpertPath = Literal["loop", "grouped_mm", "reference"]
 _WORK_OF_EXPERT = 2**22  # rows times elements of a matrix, for each thread
@@ -114,8 +114,9 @@ def swiglu(hidden: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tens
         w_down: (F, D), same dtype.
 
     Returns:
-        (..., D), same dtype.
+        (..., D), same dtype, or that of `torch.autocast`.
     """
+    hidden, w_gate, w_up, w_down = cast_in_autocast(hidden, w_gate, w_up, w_down)
     if not torch.is_grad_enabled():
         return (F.silu(hidden @ w_gate) * (hidden @ w_up)) @ w_down
     return _Dense.apply(hidden.reshape(-1, hidden.shape[-1]), w_gate, w_up, w_down).view(hidden.shape)

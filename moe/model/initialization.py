@@ -24,7 +24,12 @@ def init_weights(model: nn.Module, seed: int) -> None:
     Args:
         model: a `Transformer` or any part of one.
         seed: `run.seed`.
+
+    Raises:
+        ValueError: the seed is no integer.
     """
+    if not isinstance(seed, int):
+        raise ValueError(f"seed should be an integer, got {seed!r}")
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     for _, parameter, values in initial_weights(model, seed):

@@ -30,7 +30,8 @@ class LayerCache(NamedTuple):
         """Keep the new tokens' keys and values (B, G, S, Q); return all that is kept, (B, G, C, Q)."""
         sequences_B1 = torch.arange(len(key), device=key.device)[:, None]
         for kept, new in ((self.keys, key), (self.values, value)):
-            kept[sequences_B1, :, self.positions] = new.transpose(1, 2)
+            # What is new may have the dtype of torch.autocast.
+            kept[sequences_B1, :, self.positions] = new.transpose(1, 2).to(kept.dtype)
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
@@ -62,12 +63,16 @@ class KeyValueCache(NamedTuple):
         Returns:
             The caches of the layers; the positions of the new tokens, (B, S) int64; and the mask (B, 1, S, C)
             of bool: whether a new token sees a kept one.
+
+        Raises:
+            ValueError: they do not fit.
         """
         device = self.keys.device
         positions_BS = self.lengths.to(device)[:, None] + torch.arange(tokens, device=device)
+        length, room = int(self.lengths.max()) + tokens, self.keys.shape[3]
+        if length > room:
+            raise ValueError(f"the cache has room for {room} tokens (max_seq_len), not for {length}")
         self.lengths.add_(tokens)
-        length = int(self.lengths.max())
-        assert length <= self.keys.shape[3], (length, self.keys.shape)
         seen_B1SC = torch.arange(length, device=device) <= positions_BS[:, None, :, None]
         layers = [
             LayerCache(*kept, positions_BS, length) for kept in zip(self.keys, self.values, strict=True)

@@ -83,8 +83,10 @@ def load_balancing_loss(router_probs: Tensor, expert_indices: Tensor, valid: Ten
             counts.
 
     Returns:
-        () fp32, dimensionless.
+        () fp32, dimensionless; 0 without tokens.
     """
+    if not router_probs.numel():
+        return router_probs.sum()
     valid = torch.ones_like(expert_indices.select(-1, 0), dtype=torch.bool) if valid is None else valid
     weights = valid.to(router_probs.dtype).unsqueeze(-1)
     counts = torch.zeros_like(router_probs).scatter_(-1, expert_indices, weights.expand(expert_indices.shape))
@@ -103,10 +105,10 @@ def router_z_loss(router_logits: Tensor, valid: Tensor | None = None) -> Tensor:
         valid: (T,) bool, false for padding. None: every token counts.
 
     Returns:
-        () fp32, dimensionless.
+        () fp32, dimensionless; 0 without tokens.
     """
     squares_T = router_logits.logsumexp(1).square()
-    return squares_T.mean() if valid is None else _masked_mean(squares_T, valid)
+    return _mean(squares_T) if valid is None else _masked_mean(squares_T, valid)
 
 
 def router_entropy(router_probs: Tensor) -> Tensor:
@@ -116,9 +118,13 @@ def router_entropy(router_probs: Tensor) -> Tensor:
         router_probs: (T, E) fp32, rows sum to 1.
 
     Returns:
-        () fp32.
+        () fp32; 0 without tokens.
     """
-    return torch.special.entr(router_probs).sum(1).mean()
+    return _mean(torch.special.entr(router_probs).sum(1))
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.mean() if values.numel() else values.sum()
 
 
 def _masked_mean(values: Tensor, valid: Tensor) -> Tensor:

@@ -4,18 +4,20 @@ Shape suffixes: B sequences, S positions, T = B * S tokens, M tokens that came t
 K experts per token, E experts, D d_model.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from moe.config import MoEConfig
+from moe.config import MoEConfig, check_type
 from moe.dispatch.capacity import expert_capacity
-from moe.dispatch.interface import Dispatcher
+from moe.dispatch.interface import Dispatcher, RouterOutput, check_routing
 from moe.dispatch.local import LocalDispatcher
 from moe.model.experts import GroupedExperts, SwiGLU
 from moe.model.grouped_swiglu import ExpertPath
 from moe.model.initialization import init_weights
 from moe.model.losses import load_balancing_loss, router_entropy, router_z_loss
+from moe.model.products import is_autocast
 from moe.model.router import Router
 
 
@@ -62,11 +64,12 @@ class MoELayer(nn.Module):
         dispatcher: how tokens reach their experts, the only place where parallelism enters. None: all experts
             are in this process.
         expert_path: how the experts multiply; see `GroupedExperts`.
-        seed: of the initial weights; layers of one seed start equal, so stacked ones need a seed each. None:
-            the owner of this layer initializes them.
+        seed: the weights start as in `initial_weights` of this seed, so layers of one seed start equal. None:
+            as those of `nn.Linear`, from PyTorch's random numbers. Several ranks need a seed, as their
+            routers have to be equal.
 
     Raises:
-        ValueError: settings that do not go together.
+        ValueError: an argument of another type, or settings that do not go together.
     """
 
     def __init__(
@@ -75,14 +78,15 @@ class MoELayer(nn.Module):
         moe: MoEConfig,
         dispatcher: Dispatcher | None = None,
         expert_path: ExpertPath | None = None,
-        seed: int | None = 0,
+        seed: int | None = None,
     ):
         super().__init__()
+        check_type("moe", moe, MoEConfig)
         dispatcher = dispatcher or LocalDispatcher()
         self.d_model, self.num_experts = d_model, moe.num_experts
         self.capacity_factor = moe.capacity_factor
         self.dispatcher = dispatcher
-        self.router = Router(d_model, moe.num_experts, moe.top_k, moe.normalize_gate_weights)
+        self.router: Any = Router(d_model, moe.num_experts, moe.top_k, moe.normalize_gate_weights)
         here = dispatcher.expert_ids(moe.num_experts)
         self.experts = GroupedExperts(moe.num_experts, here, d_model, moe.d_ff_expert, expert_path)
         self.shared_experts = (
@@ -90,6 +94,10 @@ class MoELayer(nn.Module):
         )
         if seed is not None:
             init_weights(self, seed)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print`; the parts print their own."""
+        return f"d_model={self.d_model}, capacity_factor={self.capacity_factor}"
 
     def forward(self, hidden: Tensor, with_report: bool = True) -> tuple[Tensor, MoEAux | None]:
         """Transform every token.
@@ -99,16 +107,21 @@ class MoELayer(nn.Module):
             with_report: generating text needs none.
 
         Returns:
-            (B, S, D) of the same dtype, and the report if it is wanted.
+            (B, S, D) of the same dtype, or that of `torch.autocast`, and the report if it is wanted.
 
         Raises:
-            ValueError: the input has another shape, or holds integers.
+            ValueError: the input has another shape or dtype, or a router of your own returns what
+                `RouterOutput` does not allow.
         """
         if hidden.dim() != 3 or hidden.shape[2] != self.d_model or not hidden.is_floating_point():
             expected = f"(batch, sequence, {self.d_model}) of a float type"
             raise ValueError(f"hidden should be {expected}, got {tuple(hidden.shape)} of {hidden.dtype}")
+        dtype = self.experts.w_gate.dtype
+        if hidden.dtype != dtype and not is_autocast(hidden.device):
+            fix = "convert one of them, or use torch.autocast"
+            raise ValueError(f"hidden is of {hidden.dtype} and the experts are of {dtype}; {fix}")
         tokens_TD = hidden.flatten(0, 1)
-        routing = self.router(tokens_TD)
+        routing = self._route(tokens_TD)
         num_tokens, top_k = routing.expert_indices.shape
         capacity = None
         if self.training and self.capacity_factor is not None:
@@ -138,3 +151,11 @@ class MoELayer(nn.Module):
             dispatch_bytes=metadata.sent_bytes,
         )
         return output, aux
+
+    def _route(self, tokens_TD: Tensor) -> RouterOutput:
+        if type(self.router) is Router:
+            return self.router(tokens_TD)
+        with torch.autocast(tokens_TD.device.type, enabled=False):
+            routing = self.router(tokens_TD)
+        check_routing(routing, len(tokens_TD), self.num_experts)
+        return routing

@@ -88,6 +88,23 @@ DENSE = Products(
 )
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Whether `torch.autocast` is on for a kind of device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def cast_in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Float tensors of one device in the dtype of `torch.autocast` where it is on, else as they are.
+
+    PyTorch does so itself for its own products, but not for what is called within an autograd function. Like
+    PyTorch, this leaves fp64 alone.
+    """
+    if not is_autocast(tensors[0].device):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.t()`, in training by the products of `DENSE`.
 
@@ -99,10 +116,16 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         weight: (O, I), same dtype.
 
     Returns:
-        (..., O), same dtype.
+        (..., O), same dtype, or that of `torch.autocast`.
     """
-    is_training = torch.is_grad_enabled() and _is_for_onednn(x)
+    is_training = torch.is_grad_enabled() and _is_for_onednn(x) and not is_autocast(x.device)
     return _Linear.apply(x, weight) if is_training else F.linear(x, weight)
+
+
+def new_weight(*shape: int, fan_in: int) -> nn.Parameter:
+    """A weight of this shape that starts as that of `nn.Linear`, from PyTorch's random numbers."""
+    bound = fan_in**-0.5
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
 class Linear(nn.Linear):

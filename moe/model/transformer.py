@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe.config import Config
+from moe.config import Config, check_type
 from moe.dispatch.interface import Dispatcher
 from moe.dispatch.local import LocalDispatcher
 from moe.model.attention import NORM_EPS, Attention, document_mask, rotary_tables
@@ -55,7 +55,7 @@ class Block(nn.Module):
         elif moe.is_dense:  # one expert that every token goes to is a dense block, and needs no router
             self.ffn = SwiGLU(model.d_model, (1 + moe.num_shared_experts) * moe.d_ff_expert)
         else:
-            self.ffn = MoELayer(model.d_model, moe, dispatcher, expert_path, seed=None)
+            self.ffn = MoELayer(model.d_model, moe, dispatcher, expert_path)
 
     def forward(
         self,
@@ -94,13 +94,14 @@ class Transformer(nn.Module):
         expert_path: how the experts multiply; see `GroupedExperts`.
 
     Raises:
-        ConfigError: `model.vocab_size` is null.
+        ConfigError: `config` is of another type, or its `model.vocab_size` is null.
     """
 
     def __init__(
         self, config: Config, dispatcher: Dispatcher | None = None, expert_path: ExpertPath | None = None
     ):
         super().__init__()
+        check_type("config", config, Config)
         model, dispatcher = config.model, dispatcher or LocalDispatcher()
         self.model_config, self.max_seq_len = model, model.max_seq_len
         self.activation_checkpointing = config.train.activation_checkpointing
@@ -134,14 +135,23 @@ class Transformer(nn.Module):
                 cross-entropy instead of the logits, of which only some exist at a time.
 
         Raises:
-            ValueError: the tokens have another shape or type, or are too many.
+            ValueError: the tokens have another shape or type, or are too many; on a CPU, also a token that is
+                not in the vocabulary. The cache is of another number of sequences, or used with gradients.
         """
-        if tokens.dim() != 2 or tokens.is_floating_point():
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             got = f"{tuple(tokens.shape)} of {tokens.dtype}"
             raise ValueError(f"tokens should be (batch, sequence) of int64, got {got}")
         if tokens.shape[1] > self.max_seq_len:
             raise ValueError(f"{tokens.shape[1]} tokens are more than max_seq_len ({self.max_seq_len})")
-        hidden_BSD = self.embedding(tokens)
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("a cache is for generating: use it under torch.no_grad()")
+        if cache is not None and len(cache.lengths) != len(tokens):
+            raise ValueError(f"the cache is of {len(cache.lengths)} sequences, and tokens of {len(tokens)}")
+        try:
+            hidden_BSD = self.embedding(tokens)
+        except IndexError:
+            expected, got = f"0 to {len(self.embedding.weight) - 1}", f"{tokens.min()} to {tokens.max()}"
+            raise ValueError(f"tokens should be from {expected} (model.vocab_size), got {got}") from None
         block_keys: list[Tensor | None] = [None] * len(self.blocks)
         if self.model_config.dropout and self.training:
             keys_PB = self._keys_of_places(dropout_keys, tokens)

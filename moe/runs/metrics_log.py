@@ -45,9 +45,9 @@ class MetricsLog:
             mirror.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a last line that a killed run left unfinished is ignored."""
-    lines = []
+    path, lines = Path(path), []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(text))

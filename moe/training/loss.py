@@ -2,10 +2,11 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.config import MoEConfig
+from moe.config import MoEConfig, check_type
 from moe.model.moe_layer import MoEAux
 from moe.model.transformer import TransformerOutput
 
@@ -27,8 +28,12 @@ def training_loss(output: TransformerOutput, targets: Tensor, moe: MoEConfig) ->
         moe: the section `moe`, for its two coefficients.
 
     Raises:
-        ValueError: the targets have another shape than the logits.
+        ValueError: the targets have another shape than the logits, or an argument has another type.
     """
+    check_type("output", output, TransformerOutput)
+    check_type("moe", moe, MoEConfig)
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets should be of int64, got {targets.dtype}")
     if output.logits is not None:
         if targets.shape != output.logits.shape[:2]:
             expected = tuple(output.logits.shape[:2])

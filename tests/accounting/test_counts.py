@@ -181,5 +181,7 @@ def test_the_record_is_plain_json():
 
 
 def test_without_the_size_of_the_vocabulary_nothing_is_counted():
-    with pytest.raises(ConfigError, match=r"^model\.vocab_size: is null"):
+    with pytest.raises(ConfigError, match=r"^config: should be of type Config, got str"):
+        count_parameters("configs/tiny.yaml")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match=r"^model\.vocab_size: is null; .*, as in config.resolve\(4096\)"):
         count_parameters(parse_config({}))

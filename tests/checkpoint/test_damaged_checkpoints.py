@@ -100,6 +100,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
     assert torch.equal(checkpoint.read("weights", "a.weight"), make_state(1)["weights"]["a.weight"])
     assert len(warnings) == 1
     assert "step-00000002 is damaged" in warnings[0]
+    assert warnings[0].endswith("; trying the one before")
     with pytest.raises(CheckpointError, match=named) as problem:
         open_checkpoint(folder, 2, check_content=True)
     assert str(problem.value) in warnings[0]
@@ -115,6 +116,7 @@ def test_no_flipped_bit_of_a_manifest_or_a_shard_goes_unnoticed(tmp_path):
             checkpoint, warnings = newest_checkpoint(tmp_path)
             assert checkpoint is None, (file.name, place)
             assert len(warnings) == 1
+            assert warnings[0].endswith("; there is none before it")
             file.write_bytes(sound)
     assert newest(tmp_path)[0].step == 2
     assert torch.equal(whole_tensors(path)["weights"]["a.weight"], before["weights"]["a.weight"])

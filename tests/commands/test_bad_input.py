@@ -20,7 +20,7 @@ CASES = {
     "mystery.key=1": "mystery: no such key",
     "steps=5": "steps: names no section, did you mean train.steps?",
     "train.steps": "train.steps: is not section.key=value",
-    "model=3": "model: names no section",
+    "model=3": "model: names no key of this section; write one such as model.d_model=VALUE",
     "mixed": "RUN: mixed is not a run's folder; give one such as runs/tiny, or a YAML file; to train",
     "short.txt": "CONFIG: short.txt is not a YAML file; to train on its text, write data.source=short.txt",
     "data.txt": "CONFIG: data.txt is not a YAML file; to train on its text, write data.source=data.txt",

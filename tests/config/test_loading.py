@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 import train
-from moe.config import Config, dump_config, flat_config, load_config
-from tests.support.paths import CONFIGS
+from moe.config import Config, ConfigError, dump_config, flat_config, load_config
+from tests.support.paths import CONFIGS, TINY
 
 FILES = sorted(CONFIGS.glob("**/*.yaml"))
 
@@ -46,3 +46,16 @@ def test_the_tiny_twins_differ_only_in_their_experts():
 
 def test_yaml_of_a_config_is_plain():
     assert yaml.safe_load(dump_config(Config()))["optim"]["betas"] == [0.9, 0.95]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("moe.top_k=1", r"^overrides: should be a list such as .*, got 'moe.top_k=1'"),
+        ({"moe.top_k": 1}, r"^overrides: should be a list such as .*, got {'moe.top_k': 1}"),
+        (["moe=4"], "^moe: names no key of this section; write one such as moe.num_experts=VALUE"),
+    ],
+)
+def test_overrides_that_are_no_list_of_keys_and_values_are_refused_with_an_example(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(TINY, overrides)

@@ -47,3 +47,10 @@ def test_the_vocabulary_is_the_tokenizers_unless_it_is_set_and_large_enough():
     assert larger.vocab_size == larger.resolve(300).vocab_size == 512
     with pytest.raises(ConfigError, match=r"^model\.vocab_size: 512 is less than the tokenizer's 600"):
         larger.resolve(600)
+
+
+def test_a_default_that_is_too_long_is_called_so():
+    with pytest.raises(ConfigError, match=r"^data.seq_len: 256, the default, is longer than model"):
+        parse_config({"model": {"max_seq_len": 32}})
+    with pytest.raises(ConfigError, match=r"33 is longer .*; lower data.seq_len or raise model.max_seq_len"):
+        parse_config({"model": {"max_seq_len": 32}, "data": {"seq_len": 33}})

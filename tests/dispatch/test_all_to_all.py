@@ -28,7 +28,7 @@ TOLERANCE: dict[str, Any] = dict(rtol=1e-10, atol=1e-12)  # fp64 throughout
 
 
 def make_layer(dispatcher, moe, path: ExpertPath = "loop", dtype=torch.float64):
-    layer = MoELayer(D_MODEL, moe, dispatcher, path).to(dtype)
+    layer = MoELayer(D_MODEL, moe, dispatcher, path, seed=0).to(dtype)
     with torch.no_grad():
         layer.router.weight.mul_(30)  # decided routing, so that gate weights differ
     return layer

@@ -230,3 +230,31 @@ def test_values_out_of_range_are_refused_by_name(values, complaint):
     with pytest.raises(ConfigError) as caught:
         Sampling(**values)
     assert str(caught.value).startswith(complaint)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_model_generates_under_autocast(qk_norm):
+    model = make_model(model={"qk_norm": qk_norm})
+    sampling = replace(SAMPLING, temperature=0, max_new_tokens=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = generate_tokens(model, PROMPT, sampling)
+        assert tokens.tolist() == naive(model, PROMPT.tolist(), sampling)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens: should be of type int, got float"),
+        ({"temperature": "hot"}, r"temperature: should be of type int \| float, got str"),
+        ({"seed": None}, "seed: should be of type int, got NoneType"),
+        ({"top_k": 0.5}, r"top_k: should be of type int \| None, got float"),
+        ({"stop": None}, "stop: should be of type Sequence, got NoneType"),
+        ({"stop": [1]}, "stop: should be of type str, got int"),
+        ({"stop": ""}, "stop: should not be empty"),
+    ],
+    ids=str,
+)
+def test_values_of_sampling_of_another_type_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**values)
+    assert Sampling(stop="end", temperature=1).stop == ("end",)

@@ -96,5 +96,12 @@ def test_what_cannot_be_predicted_is_refused(run, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(ConfigError, match=r"data\.source: .*empty\.txt holds no text"):
         predict(run, data_of(tmp_path / "empty.txt"))
-    with pytest.raises(ConfigError, match="stride: should be at most 10"):
+    for stride in (0, -5):
+        with pytest.raises(ConfigError, match=f"stride: should be at least 1 .*; got {stride}"):
+            predict(run, data_of(tmp_path / "text.txt"), stride)
+    with pytest.raises(ConfigError, match="stride: should be of type int"):
+        predict(run, data_of(tmp_path / "text.txt"), 2.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="data: should be of type DataConfig, got str"):
+        predict(run, "text.txt")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="stride: should be at least 1 and at most 10"):
         predict(run, data_of(tmp_path / "empty.txt"), stride=11)

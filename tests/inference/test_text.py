@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe.config import parse_config
+from moe.config import ConfigError, parse_config
 from moe.data.tokenizer import end_token, load_tokenizer
 from moe.inference.generation import Sampling, generate, stream
 from moe.inference.trained_run import TrainedRun
@@ -74,3 +74,19 @@ def test_what_may_begin_a_stop_string_is_held_back_until_it_is_certain(run):
 def test_the_number_of_tokens_is_bounded(run):
     assert generate(run, "d", Sampling(3, temperature=0)) == "def "
     assert generate(run, "x", Sampling(4, temperature=0)) == "x→"  # and a half of the next character
+
+
+def test_one_prompt_and_one_stop_string_need_no_list(run):
+    pieces = [
+        piece for number, piece in stream(run, "d", Sampling(100, temperature=0, stop=",")) if number == 0
+    ]
+    assert "d" + "".join(pieces) == TEXT.partition(",")[0]
+
+
+def test_arguments_of_another_type_are_refused(run):
+    with pytest.raises(ConfigError, match=r"^run \(see load_run\): should be of type TrainedRun, got str"):
+        generate("runs/tiny", "d")  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with pytest.raises(ConfigError, match=r"^prompt: should be of type str, got int"):
+        generate(run, [1, 2])  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with pytest.raises(ConfigError, match=r"^sampling: should be of type Sampling, got int"):
+        generate(run, "d", 20)  # pyright: ignore[reportArgumentType, reportCallIssue]

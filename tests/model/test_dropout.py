@@ -147,3 +147,35 @@ def test_a_training_step_has_keys_of_seed_step_and_sample_and_an_evaluation_has_
     for rate, step in ((0.1, None), (0.0, 9)):
         batches = read_batches(config_of(rate), text, starts, cpu, step)
         assert all(batch.dropout_keys is None for batch in batches)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint32])
+def test_keys_of_other_integers_count_by_their_lowest_32_bits(dtype):
+    hidden, keys = torch.randn(3, 6, 8), dropout_keys(0, 0, [1, 2, 3])
+    wide = keys.to(torch.int64) % 2**32
+    if dtype == torch.int64:
+        wide += 5 * 2**32
+    places = keys_of_places(keys, 2)
+    assert torch.equal(keys_of_places(wide.to(dtype), 2), places)
+    assert torch.equal(dropout(hidden, 0.1, wide.to(dtype)), dropout(hidden, 0.1, keys))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "rate", "keys", "message"),
+    [
+        (torch.zeros(3, 4, 8), 0.1, torch.arange(1), "keys should be one for each of 3 samples, got 1"),
+        (torch.zeros(3, 4, 8), 0.1, torch.zeros(3), r"keys should be \(batch,\) of int32, .*float32"),
+        (
+            torch.zeros(3, 4, 8),
+            0.1,
+            torch.zeros(3, 1).int(),
+            r"keys should be \(batch,\) of int32, .*\(3, 1\)",
+        ),
+        (torch.zeros(3, 8), 0.1, torch.arange(3), r"hidden should be \(batch, sequence, d_model\)"),
+        (torch.zeros(3, 4, 8).int(), 0.1, torch.arange(3), "of a float type, got .* of torch.int32"),
+        (torch.zeros(3, 4, 8), 1.0, torch.arange(3), "rate should be at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_other_shapes_types_and_rates_are_value_errors(hidden, rate, keys, message):
+    with pytest.raises(ValueError, match=message):
+        dropout(hidden, rate, keys)

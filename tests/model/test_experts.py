@@ -35,3 +35,10 @@ def test_without_a_path_each_forward_takes_the_fast_one_for_its_dtype(dtype, pat
     free(rows, gates, permutation)
     outputs = [experts.to(dtype)(rows.to(dtype), gates, permutation) for experts in (free, named)]
     assert torch.equal(*outputs)
+
+
+def test_a_path_that_does_not_exist_is_a_value_error():
+    with pytest.raises(
+        ValueError, match="expert_path should be loop, grouped_mm, reference or None, got 'ba"
+    ):
+        GroupedExperts(3, range(3), D_MODEL, 24, "banana")  # pyright: ignore[reportArgumentType]

@@ -6,6 +6,7 @@ import torch
 from moe.config import MoEConfig, parse_config
 from moe.model.initialization import init_weights
 from moe.model.moe_layer import MoELayer
+from moe.model.router import Router
 from moe.model.transformer import Transformer
 from tests.support.models import SMALL, block_of, make_model, moe_of
 
@@ -58,6 +59,27 @@ def test_a_layer_alone_is_initialized_from_its_seed():
         assert torch.equal(weight, twin), name
         assert weight.std() > 0, name
     assert not torch.equal(first.router.weight, other.router.weight)
+    for seed in ("0", 1.5):
+        with pytest.raises(ValueError, match="seed should be an integer, got "):
+            MoELayer(16, moe, seed=seed)  # pyright: ignore[reportArgumentType]
+
+
+def test_without_a_seed_layers_start_as_linear_maps_from_pytorchs_random_numbers():
+    moe = MoEConfig(num_experts=4, top_k=2, d_ff_expert=64, num_shared_experts=1)
+    layers = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        layers += [MoELayer(16, moe), MoELayer(16, moe)]
+    first, stacked, again, _, other, _ = (dict(layer.named_parameters()) for layer in layers)
+    for name, weight in first.items():
+        assert torch.equal(weight, again[name]), name
+        assert not torch.equal(weight, stacked[name]), name
+        assert not torch.equal(weight, other[name]), name
+        bound = (64 if name.endswith("w_down") else 16) ** -0.5
+        assert 0.9 * bound < weight.abs().max() <= bound, name
+    torch.manual_seed(0)
+    router = Router(16, 4, 2, normalize_gate_weights=True)
+    assert torch.equal(router.weight, first["router.weight"])
 
 
 def test_on_the_meta_device_nothing_is_filled_in():

@@ -145,3 +145,11 @@ def test_only_one_chunk_of_logits_exists_at_a_time(monkeypatch):
     with Watch():
         cross_entropy(hidden, weight, torch.randint(0, 500, (200,))).backward()
     assert max(sizes) == 8 * 500
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4)])
+def test_without_tokens_all_of_them_are_0(shape):
+    probs = torch.zeros(shape)
+    assert load_balancing_loss(probs, torch.zeros(*shape[:2], 2, dtype=torch.int64)) == 0
+    assert router_z_loss(probs.flatten(0, 1)) == 0
+    assert router_entropy(probs.flatten(0, 1)) == 0

@@ -9,6 +9,7 @@ import torch
 
 from moe.config import MoEConfig
 from moe.dispatch.capacity import expert_capacity
+from moe.dispatch.interface import RouterOutput
 from moe.model.grouped_swiglu import ExpertPath
 from moe.model.moe_layer import MoELayer
 from tests.support.models import gradient_of
@@ -20,7 +21,7 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
 }
 
 
-def make_layer(path: ExpertPath = "loop", dtype=torch.float64, seed=0, **moe):
+def make_layer(path: ExpertPath | None = "loop", dtype=torch.float64, seed=0, **moe):
     settings: dict[str, Any] = {"num_experts": 6, "top_k": 2, "d_ff_expert": 24} | moe
     layer = MoELayer(D_MODEL, MoEConfig(**settings), expert_path=path, seed=seed).to(dtype)
     with torch.no_grad():
@@ -204,3 +205,93 @@ def test_hand_written_logits_give_the_hand_written_kept_set():
     assert (out[0].abs().sum(1) > 0).tolist() == [True, True, True, False]  # token 3 has the lowest gate
     assert aux.tokens_per_expert.tolist() == [3, 1]
     assert int(aux.dropped_tokens) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", [None, "loop", "reference"])
+def test_under_autocast_the_layer_computes_in_its_dtype_like_a_linear_and_the_router_in_fp32(path, dtype):
+    """Against the same layer on rounded weights and tokens; fp64 stays, as it does in a Linear."""
+    layer, hidden = make_layer(path, torch.float32, num_shared_experts=1), torch.randn(2, 9, D_MODEL)
+    hidden = hidden.to(dtype).requires_grad_()
+    rounded = make_layer(path, torch.float32, num_shared_experts=1).to(dtype)
+    expected, expected_aux = rounded(hidden)
+    for given in (hidden, hidden.float()):
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=dtype):
+            output, aux = layer(given)
+            assert torch.equal(layer(given.detach())[0], output)
+            with torch.no_grad():
+                torch.testing.assert_close(layer(given)[0], output)
+        assert output.dtype == dtype
+        torch.testing.assert_close(output, expected)
+        assert torch.equal(aux.router_z_loss, expected_aux.router_z_loss), "the router's logits"
+        (output.float().sum() + aux.load_balancing_loss).backward()
+        assert {gradient_of(weight).dtype for weight in layer.parameters()} == {torch.float32}
+    with torch.autocast("cpu", dtype=dtype):
+        assert layer.double()(hidden.double())[0].dtype == torch.float64
+
+
+class FixedRouter(torch.nn.Module):
+    """Gives out what it was given."""
+
+    def __init__(self, output: Any):
+        super().__init__()
+        self.output = output
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        return self.output
+
+
+ROUTED = RouterOutput(torch.zeros(6, 2).long(), torch.ones(6, 2), torch.zeros(6, 4), torch.ones(6, 4) / 4)
+_EXPERTS, _GATES = r"expert_indices should be \(6, 2\) of torch.int64", r"gate_weights should be \(6, 2\) of "
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (tuple(ROUTED), "what the router returns: should be of type RouterOutput, got tuple"),
+        (ROUTED._replace(gate_weights=torch.ones(6, 4)), _GATES),
+        (ROUTED._replace(gate_weights=torch.ones(2, 6)), _GATES),
+        (ROUTED._replace(gate_weights=torch.ones(6, 2).bfloat16()), f"{_GATES}torch.float32, got .*bfloat16"),
+        (ROUTED._replace(expert_indices=torch.zeros(6, 2).int()), f"{_EXPERTS}, got .* of torch.int32"),
+        (ROUTED._replace(expert_indices=torch.zeros(5, 2).long()), _EXPERTS),
+        (ROUTED._replace(router_logits=torch.zeros(6, 5)), r"router_logits should be \(6, 4\)"),
+        (ROUTED._replace(router_probs=torch.zeros(6, 4).half()), r"router_probs .*, got .* of torch.float16"),
+        (ROUTED._replace(expert_indices=torch.full((6, 2), 4)), "should be from 0 to 3, got 4 to 4"),
+        (ROUTED._replace(expert_indices=torch.full((6, 2), -1)), "should be from 0 to 3, got -1 to -1"),
+    ],
+)
+def test_what_a_router_of_ones_own_must_not_return_is_a_value_error(output, message):
+    layer = make_layer(None, torch.float32, num_experts=4)
+    layer.router = FixedRouter(ROUTED)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.randn(2, 3, D_MODEL))
+    layer.router = FixedRouter(output)
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(2, 3, D_MODEL))
+
+
+def test_a_router_of_ones_own_computes_in_fp32_under_autocast():
+    layer = make_layer(None, torch.float32)
+    layer.router = torch.nn.Sequential(layer.router)  # another class, so any router
+    layer.router.register_forward_pre_hook(lambda *_: autocast.append(torch.is_autocast_enabled("cpu")))
+    autocast: list[bool] = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.randn(2, 3, D_MODEL))
+    assert autocast == [False]
+
+
+def test_a_batch_without_tokens_has_losses_of_0_and_gradients():
+    layer = make_layer(None, torch.float32)
+    for shape in ((0, 5, D_MODEL), (2, 0, D_MODEL)):
+        output, aux = layer(torch.zeros(shape))
+        assert (aux.load_balancing_loss, aux.router_z_loss, aux.router_entropy) == (0, 0, 0)
+        (output.sum() + aux.load_balancing_loss + aux.router_z_loss).backward()
+        assert all(not gradient_of(weight).any() for weight in layer.parameters())
+
+
+def test_it_prints_its_sizes():
+    text = str(make_layer(capacity_factor=1.5))
+    assert "d_model=16, capacity_factor=1.5" in text
+    assert "(router): Router(d_model=16, num_experts=6, top_k=2, normalize_gate_weights=True)" in text
+    assert "(experts): GroupedExperts(num_experts=6, d_model=16, d_ff_expert=24, path=loop)" in text

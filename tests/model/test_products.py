@@ -81,3 +81,11 @@ def test_no_rows_give_no_output_and_gradients_of_zero_without_a_grouped_gemm(mon
     assert grouped.input_grad(torch.zeros(0, 16), weight).shape == (0, 8)
     grad = grouped.weight_grad(torch.zeros(0, 8), torch.zeros(0, 16), None)
     assert torch.equal(grad, torch.zeros(3, 8, 16))
+
+
+def test_under_autocast_a_linear_map_is_that_of_pytorch(monkeypatch):
+    monkeypatch.setattr(products, "PREFERS_ONEDNN", True)
+    ours, x = Linear(8, 16), torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+        assert torch.equal(ours(x), F.linear(x, ours.weight))

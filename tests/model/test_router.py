@@ -51,6 +51,12 @@ def test_top_1_with_normalisation_is_refused():
         Router(8, 4, 1, normalize_gate_weights=True)
 
 
+def test_sizes_below_1_are_refused():
+    for name, sizes in {"d_model": (0, 4, 2), "num_experts": (8, 0, 2), "top_k": (8, 4, 0)}.items():
+        with pytest.raises(ValueError, match=f"{name} should be at least 1, got 0"):
+            Router(*sizes, normalize_gate_weights=False)
+
+
 def test_the_router_computes_in_fp32_under_bf16():
     router = make_router(2, True, dtype=torch.bfloat16)
     hidden = torch.randn(20, 8, dtype=torch.bfloat16)

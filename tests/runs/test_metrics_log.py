@@ -19,3 +19,8 @@ def test_a_log_is_cut_back_on_resume_and_refuses_not_a_number(tmp_path):
         log.write({"step": 5, "loss": float("nan")})
     log.close()
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
+
+
+def test_a_path_may_be_a_string(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert read_metrics(str(tmp_path / "metrics.jsonl")) == [{"step": 1}]
