@@ -103,7 +103,7 @@ class MoELayer(nn.Module):
         """Transform every token.
 
         Args:
-            hidden: (B, S, D), any float type.
+            hidden: (B, S, D) in the dtype of the experts' weights, under `torch.autocast` any float type.
             with_report: generating text needs none.
 
         Returns:

@@ -138,20 +138,7 @@ class Transformer(nn.Module):
             ValueError: the tokens have another shape or type, or are too many; on a CPU, also a token that is
                 not in the vocabulary. The cache is of another number of sequences, or used with gradients.
         """
-        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
-            got = f"{tuple(tokens.shape)} of {tokens.dtype}"
-            raise ValueError(f"tokens should be (batch, sequence) of int64, got {got}")
-        if tokens.shape[1] > self.max_seq_len:
-            raise ValueError(f"{tokens.shape[1]} tokens are more than max_seq_len ({self.max_seq_len})")
-        if cache is not None and torch.is_grad_enabled():
-            raise ValueError("a cache is for generating: use it under torch.no_grad()")
-        if cache is not None and len(cache.lengths) != len(tokens):
-            raise ValueError(f"the cache is of {len(cache.lengths)} sequences, and tokens of {len(tokens)}")
-        try:
-            hidden_BSD = self.embedding(tokens)
-        except IndexError:
-            expected, got = f"0 to {len(self.embedding.weight) - 1}", f"{tokens.min()} to {tokens.max()}"
-            raise ValueError(f"tokens should be from {expected} (model.vocab_size), got {got}") from None
+        hidden_BSD = self._embed(tokens, cache)
         block_keys: list[Tensor | None] = [None] * len(self.blocks)
         if self.model_config.dropout and self.training:
             keys_PB = self._keys_of_places(dropout_keys, tokens)
@@ -182,6 +169,23 @@ class Transformer(nn.Module):
             return TransformerOutput(linear(normed_BSD, head), stacked)
         nats = cross_entropy(normed_BSD.flatten(0, 1), head, targets.flatten())
         return TransformerOutput(None, stacked, nats)
+
+    def _embed(self, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
+        """The embeddings (B, S, D) of tokens that are checked, as the cache is; see `forward`."""
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            got = f"{tuple(tokens.shape)} of {tokens.dtype}"
+            raise ValueError(f"tokens should be (batch, sequence) of int64, got {got}")
+        if tokens.shape[1] > self.max_seq_len:
+            raise ValueError(f"{tokens.shape[1]} tokens are more than max_seq_len ({self.max_seq_len})")
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("a cache is for generating: use it under torch.no_grad()")
+        if cache is not None and len(cache.lengths) != len(tokens):
+            raise ValueError(f"the cache is of {len(cache.lengths)} sequences, and tokens of {len(tokens)}")
+        try:
+            return self.embedding(tokens)
+        except IndexError:
+            expected, got = f"0 to {len(self.embedding.weight) - 1}", f"{tokens.min()} to {tokens.max()}"
+            raise ValueError(f"tokens should be from {expected} (model.vocab_size), got {got}") from None
 
     def _keys_of_places(self, keys: Tensor | None, tokens: Tensor) -> Tensor:
         """The dropout's keys (P, B) of the embedding and of two places in each block."""
