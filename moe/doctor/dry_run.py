@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe.accounting.communication import estimate_communication
+from moe.accounting.communication import all_to_all_calls, estimate_communication
 from moe.accounting.counts import ModelCounts, count_parameters
 from moe.accounting.gpus import GPU
 from moe.accounting.memory import estimate_memory
@@ -97,7 +97,9 @@ class DryRun:
         yield align(list(self._parameter_rows()))
         for check in self.checks():
             yield f"{'pass' if check.passed else 'FAIL'}  {check.statement}"
-        yield "\n" + align(list(self._sent_rows())) + "\n"
+        yield "\n" + align(list(self._sent_rows()))
+        calls = all_to_all_calls(self.config, self.world_size)
+        yield f"{calls:,} calls of all-to-all, each among {ep_size} ranks\n" if calls else ""
         memory = estimate_memory(self.config, self.world_size, device_type(self.config))
         sizes = memory.by_part() | {"peak": memory.peak}
         rows = [[part, f"{size / 2**30:,.2f}"] for part, size in sizes.items()]
@@ -192,7 +194,19 @@ def refuse_impossible(config: Config, world_size: int, gpu: GPU | None) -> None:
         settings = " ".join(f"{name}={value}" for name, value in changes.items())
         raise ConfigError(key, f"{problem}; use {settings}, which takes {gib(best.memory.peak)}")
     least = f"{gib(best.memory.peak)} is the least with any ep_size, ZeRO stage and recomputation"
-    raise ConfigError("--world", f"{problem}, and {least}; use more ranks or a GPU with more memory")
+    enough = _enough_ranks(config, world_size, gpu)
+    fix = f"--world {enough}" if enough else "a GPU with more memory"
+    raise ConfigError("--world", f"{problem}, and {least}; use {fix}")
+
+
+def _enough_ranks(config: Config, world_size: int, gpu: GPU) -> int | None:
+    """The least number of ranks, doubled from this one, that has a placement on `gpu`; None if none has."""
+    train = config.train
+    while train.global_batch_size % (2 * world_size * train.micro_batch_size) == 0:
+        world_size *= 2
+        if placements(config, world_size, gpu.memory)[0].fits:
+            return world_size
+    return None
 
 
 def _changes(config: Config, place: Placement) -> dict[str, str]:
