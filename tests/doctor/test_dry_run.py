@@ -191,8 +191,8 @@ def test_calls_of_all_to_all_are_those_of_a_real_step(recomputes, calls):
         ),
         (
             [BASE, "train.global_batch_size=16", "model.n_layers=32", "--world", "8", "--gpu", "l4"],
-            "--world: a rank takes 36.23 GiB of the usable 21.60 GiB of L4, and 36.23 GiB is the least with any "
-            "ep_size, ZeRO stage and recomputation; use a GPU with more memory\n",
+            "--world: a rank takes 36.23 GiB of the usable 21.60 GiB of L4, and 36.23 GiB is the least with "
+            "any ep_size, ZeRO stage and recomputation; use a GPU with more memory\n",
         ),
         ([TINY, "model.vocab_size=null", "data.tokenizer=absent.json", "--world", "4"], "model.vocab_size: "),
         ([TINY, "parallel.device=cpu", "--world", "1", "--gpu", "h100"], "parallel.device: is cpu; "),
