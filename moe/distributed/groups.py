@@ -25,6 +25,11 @@ class ParallelGroups:
     ep_size: int
     ep_rank: int
 
+    def members(self) -> dict[str, list[int]]:
+        """The ranks of each group, by its name `dp`, `ep` or `edp`."""
+        made = {"dp": self.dp_group, "ep": self.ep_group, "edp": self.edp_group}
+        return {name: torch.distributed.get_process_group_ranks(group) for name, group in made.items()}
+
 
 @dataclass(frozen=True)
 class World:

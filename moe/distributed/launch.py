@@ -95,6 +95,13 @@ def join(parallel: ParallelConfig, device: torch.device) -> None:
     make_host_group()
 
 
+def join_alone(rank: int, size: int) -> None:
+    """Be one of `size` ranks without the others: groups can be made, and collectives send nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+
+
 def _fresh(store: Store, rank: int, size: int, timeout_s: float) -> Store:
     """A part of the store that nobody has written to: torchrun keeps one store over all its restarts.
 

@@ -16,7 +16,15 @@ from torch.distributed import ProcessGroup
 
 from moe.config import Config, ParallelConfig
 from moe.distributed.groups import ParallelGroups, World
-from moe.distributed.launch import choose_device, join, keep_freed_memory, set_timeouts, widest_float
+from moe.distributed.launch import (
+    choose_device,
+    join,
+    join_alone,
+    keep_freed_memory,
+    leave,
+    set_timeouts,
+    widest_float,
+)
 from moe.distributed.topology import Topology
 from moe.model.experts import GroupedExperts
 from moe.model.parameter_roles import family, parameter_roles
@@ -60,6 +68,47 @@ def start(parallel: ParallelConfig) -> World:
     os.environ["DS_ACCELERATOR"] = device.type
     join(parallel, device)
 
+    world = _make_groups(parallel.ep_size, device)
+    set_timeouts(parallel.timeout_s)
+    return world
+
+
+@contextmanager
+def rank_alone(rank: int, size: int, ep_size: int) -> Iterator[World]:
+    """Be one of `size` ranks without the others: its groups are those of a run, and nothing is sent.
+
+    For a process that has not joined one, and that no run is started in meanwhile.
+
+    Raises:
+        ConfigError: `ep_size` does not divide `size`.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    join_alone(rank, size)
+    try:
+        yield _make_groups(ep_size, torch.device("meta"))
+    finally:
+        from deepspeed.utils import groups
+
+        leave()
+        # DeepSpeed keeps its groups by name, and would return them to the next rank.
+        for kept in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP):
+            kept.clear()
+        groups._WORLD_GROUP = None
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Let DeepSpeed read its configuration as at the start of a run, on a rank that has its groups.
+
+    Raises:
+        AssertionError: from DeepSpeed, if the batch sizes disagree with the number of ranks.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    DeepSpeedConfig(settings)
+
+
+def _make_groups(ep_size: int, device: torch.device) -> World:
+    """Let DeepSpeed make the groups of the ranks that joined, and check them against the topology."""
     import deepspeed
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
     from deepspeed.utils import groups
@@ -70,24 +119,21 @@ def start(parallel: ParallelConfig) -> World:
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     deepspeed.init_distributed(verbose=False)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    topology = Topology(size, parallel.ep_size)
-    groups._create_expert_and_data_parallel(parallel.ep_size)
-    name = f"ep_size_{parallel.ep_size}"
+    topology = Topology(size, ep_size)
+    groups._create_expert_and_data_parallel(ep_size)
+    name = f"ep_size_{ep_size}"
     made = ParallelGroups(
         dp_group=cast("ProcessGroup", groups._get_data_parallel_group()),
         ep_group=groups._get_expert_parallel_group(name),
         edp_group=groups._get_expert_data_parallel_group(name),
-        ep_size=parallel.ep_size,
+        ep_size=ep_size,
         ep_rank=topology.ep_rank(rank),
     )
-    for group, expected in (
-        (made.dp_group, [list(range(size))]),
-        (made.ep_group, topology.ep_groups),
-        (made.edp_group, topology.edp_groups),
-    ):
-        ranks = torch.distributed.get_process_group_ranks(group)
-        assert ranks in expected, (ranks, expected)
-    set_timeouts(parallel.timeout_s)
+    found, ep_groups, edp_groups = made.members(), topology.ep_groups, topology.edp_groups
+    for group, expected in (("dp", [list(range(size))]), ("ep", ep_groups), ("edp", edp_groups)):
+        assert rank in found[group], (rank, group, found[group])
+        assert found[group] in expected, (group, found[group], expected)
+    assert found["ep"].index(rank) == made.ep_rank, (rank, found["ep"], made.ep_rank)
     return World(rank, size, device, made)
 
 
