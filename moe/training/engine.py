@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,29 +30,11 @@ from moe.model.experts import GroupedExperts
 from moe.model.parameter_roles import family, parameter_roles
 from moe.model.transformer import Transformer, TransformerOutput
 from moe.training.deepspeed_config import deepspeed_config, reduces_gradients
+from moe.training.grad_norms import FAMILIES, GradNorms
 from moe.training.optimizer import parameter_groups
 from moe.training.skipped_updates import UpdateGuard
 from moe.training.zero_state import ZeroState
 
-
-class GradNorms(NamedTuple):
-    """L2 norms of the gradient of one update, before clipping; a parameter counts once, wherever it lives.
-
-    `total^2 = dense^2 + router^2 + experts^2`. A part is None if the model has no such parameters.
-    """
-
-    total: float
-    dense: float | None
-    router: float | None
-    experts: float | None
-    skipped: bool  # whether the update was skipped, see `UpdateGuard`
-
-    def families(self) -> dict[str, float | None]:
-        """The norms by family of parameters."""
-        return {name: getattr(self, name) for name in _FAMILIES}
-
-
-_FAMILIES = ("dense", "router", "experts")  # the order of the fields
 _NORM_PIECE = 2**16  # elements; the fp32 norm of 10^8 of them at once is off by 1 %
 
 
@@ -159,7 +141,7 @@ class Engine:
             model.to_empty(device=world.device)
         roles = parameter_roles(model)
         self._family_of = {
-            weight: _FAMILIES.index(family(roles[name])) for name, weight in model.named_parameters()
+            weight: FAMILIES.index(family(roles[name])) for name, weight in model.named_parameters()
         }
         groups = parameter_groups(model, config.optim.weight_decay)
         if world.groups.ep_size > 1:
@@ -230,7 +212,7 @@ class Engine:
 
     def _squares_by_family(self) -> Tensor:
         """This rank's share of the squared gradient norms, (families,) of `widest_float`."""
-        norms: list[list[Tensor]] = [[torch.zeros((), device=self.world.device)] for _ in _FAMILIES]
+        norms: list[list[Tensor]] = [[torch.zeros((), device=self.world.device)] for _ in FAMILIES]
         for parameter, gradient in self.training_state.gradients():
             # As exact as fp64 throughout, which would copy every gradient. CUDA's norm goes by pieces itself.
             pieces = [gradient] if gradient.is_cuda else gradient.flatten().split(_NORM_PIECE)
