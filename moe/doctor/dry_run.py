@@ -38,6 +38,7 @@ class Rank(NamedTuple):
     groups: dict[str, list[int]]  # the ranks of its `dp`, `ep` and `edp` group
     parameters: dict[str, int]  # by family, `dense`, `router` or `experts`
     experts: tuple[range, ...]  # ids of the routed experts, MoE layer by MoE layer
+    others: frozenset[tuple[str, torch.Size]]  # names and shapes of all parameters but the routed experts'
 
     @property
     def total(self) -> int:
@@ -80,13 +81,15 @@ class DryRun:
             (layer, i): self.world_size // ep_size for layer in range(layers) for i in range(moe.num_experts)
         }
         same = next(rank for rank in first if rank.rank in last.groups["edp"])
+        alike = same.experts == last.experts and len({rank.others for rank in self.ranks}) == 1
         each = f"each expert of a layer is on {self.world_size // ep_size} of {self.world_size} ranks"
+        statement = f"{each}, every other parameter on all" if layers else "every parameter is on all ranks"
         return [
             Check(
                 "the parameters of each rank, counted in its model, are equal to the count of count.py",
                 all(rank.parameters == expected for rank in self.ranks),
             ),
-            Check(f"{each}, every other parameter on all", copies == held and same.experts == last.experts),
+            Check(statement, copies == held and alike),
         ]
 
     def lines(self, gpu: GPU | None) -> Iterator[str]:
@@ -158,11 +161,13 @@ def _look_at(config: Config, rank: int, world_size: int, settings: dict[str, Any
         check_settings(settings)
         with torch.device("meta"):
             model = Transformer(config, choose_dispatcher(world.groups, config.parallel))
-        roles, sizes = parameter_roles(model), Counter[str]()
+        roles, sizes, others = parameter_roles(model), Counter[str](), set()
         for name, parameter in model.named_parameters():
             sizes[family(roles[name])] += parameter.numel()
+            if roles[name] != "experts":
+                others.add((name, parameter.shape))
         experts = [module.expert_ids for module in model.modules() if isinstance(module, GroupedExperts)]
-        return Rank(rank, world.groups.members(), dict(sizes), tuple(experts))
+        return Rank(rank, world.groups.members(), dict(sizes), tuple(experts), frozenset(others))
 
 
 def parameters_of_a_rank(counts: ModelCounts, ep_size: int) -> dict[str, int]:

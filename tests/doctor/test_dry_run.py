@@ -57,6 +57,8 @@ def dry_runs_of_everything() -> tuple[DryRun, dict[tuple[Path, int], tuple[DryRu
             shipped[path, world_size] = dry_run(config, world_size), time.perf_counter() - began
     with redirect_stdout(StringIO()) as printed:
         assert main([str(BASE), "--world", "64", "--gpu", "h100"]) == 0
+    with redirect_stdout(printed):
+        assert main([str(CONFIGS / "tiny_dense.yaml"), "train.micro_batch_size=4", "--world", "2"]) == 0
     return small, shipped, printed.getvalue(), start(parse_config({}).parallel).size
 
 
@@ -112,6 +114,7 @@ def test_a_rank_that_holds_too_little_or_another_ranks_experts_is_found(everythi
         ((rank, other._replace(experts=rank.experts), last), [True, False]),
         ((rank, other, last._replace(experts=rank.experts)), [True, False]),
         ((rank, other._replace(experts=()), last), [True, False]),
+        ((rank, other._replace(others=frozenset()), last), [True, False]),
     ):
         found = DryRun(small.config, 4, broken, small.settings)
         assert [check.passed for check in found.checks()] == passed
@@ -127,6 +130,7 @@ def test_the_command_prints_every_part(everything):
         r"7, 15, ..., 63 +56, 57, ..., 63 +1,282,017,280 +805,306,368 +2,097,152 +474,613,760",
         r"pass  the parameters of each rank, counted in its model, are equal to .*",
         r"pass  each expert of a layer is on 8 of 64 ranks, every other parameter on all",
+        r"pass  every parameter is on all ranks",
         r"all-to-all +30,863,327,594 +28.74",
         r"352 calls of all-to-all, each among 8 ranks",
         r"peak +9.70",
