@@ -171,7 +171,7 @@ def build(run: Run, checkpoint: Checkpoint | None = None) -> Engine:
     for warning in corpus_warnings(config, run.corpus.train, run.corpus.validation):
         world.print(f"warning: {warning}", file=sys.stderr)
     with torch.device("meta"):
-        model = Transformer(config, choose_dispatcher(world.groups, config.parallel))
+        model = Transformer(config, choose_dispatcher(world.groups, config.parallel, config.train.compile))
     if config.train.compile:
         for block in model.blocks:
             block.compile()

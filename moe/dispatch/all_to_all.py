@@ -5,9 +5,6 @@ R ranks that split the experts, C destinations of a token (at most R once per ra
 k choices sent with a row, S rows sent, M rows that arrive, D d_model.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
-
 import torch
 from torch import Tensor
 
@@ -18,13 +15,6 @@ from moe.dispatch.local import LocalDispatcher
 from moe.dispatch.permutation import count_assignments, permute, plan_routed, unpermute
 from moe.distributed.collectives import RowExchange, exchange_counts
 from moe.distributed.groups import ParallelGroups
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _not_compiled(method: _Method) -> _Method:
-    """Leave a method out of torch.compile: the host has to know the numbers of rows."""
-    return cast("_Method", torch.compiler.disable(method))
 
 
 class AllToAllDispatcher:
@@ -38,18 +28,22 @@ class AllToAllDispatcher:
         groups: the ranks.
         once_per_rank: send a token once to a rank that holds several of its experts, else once per expert.
         overlap: let the rows travel while the caller works between `dispatch` and `receive`.
+        compiled: torch.compile leaves the exchanges out of its graphs, as the host knows the numbers of rows.
     """
 
-    def __init__(self, groups: ParallelGroups, once_per_rank: bool = True, overlap: bool = True):
+    def __init__(
+        self, groups: ParallelGroups, once_per_rank: bool = True, overlap: bool = True, compiled: bool = False
+    ):
         self.group, self.num_ranks, self.rank = groups.ep_group, groups.ep_size, groups.ep_rank
         self.once_per_rank, self.overlap = once_per_rank, overlap
+        for name in ("dispatch", "receive", "combine") if compiled else ():
+            setattr(self, name, torch.compiler.disable(getattr(self, name)))
 
     def expert_ids(self, num_experts: int) -> range:
         """This rank's share."""
         share = num_experts // self.num_ranks
         return range(self.rank * share, (self.rank + 1) * share)
 
-    @_not_compiled
     def dispatch(self, hidden: Tensor, routing: RouterOutput, capacity: int | None = None) -> InFlight:
         """Send the tokens to the ranks of their experts; see `Dispatcher.dispatch`."""
         num_experts = routing.router_probs.shape[1]
@@ -97,14 +91,12 @@ class AllToAllDispatcher:
         )
         return InFlight(rows_MD, metadata, exchange if self.overlap else None)
 
-    @_not_compiled
     def receive(self, in_flight: InFlight) -> Tensor:
         """Wait for the rows; see `Dispatcher.receive`."""
         if in_flight.exchange is None:
             return in_flight.rows
         return in_flight.exchange.wait(in_flight.rows)
 
-    @_not_compiled
     def combine(self, sums: Tensor, metadata: DispatchMetadata) -> Tensor:
         """Send the sums back and add them up by token; see `Dispatcher.combine`."""
         route = metadata.route
@@ -136,8 +128,8 @@ class AllToAllDispatcher:
         return torch.stack([gates_TCk, places_TCk.to(gates_TCk.dtype)], 3).flatten(0, 1)
 
 
-def choose_dispatcher(groups: ParallelGroups, parallel: ParallelConfig) -> Dispatcher:
-    """The dispatcher of a run: a local one where each rank holds all experts."""
+def choose_dispatcher(groups: ParallelGroups, parallel: ParallelConfig, compiled: bool = False) -> Dispatcher:
+    """The dispatcher of a run, compiled or not: a local one where each rank holds all experts."""
     if parallel.ep_size == 1:
         return LocalDispatcher()
-    return AllToAllDispatcher(groups, parallel.dispatch == "once_per_rank", parallel.overlap)
+    return AllToAllDispatcher(groups, parallel.dispatch == "once_per_rank", parallel.overlap, compiled)

@@ -13,7 +13,7 @@ from moe.config import RunError
 _Result = TypeVar("_Result")
 
 HOST_GROUP = "host"  # description of the group of all ranks whose collectives run on the host
-_HOST_TIMEOUT = datetime.timedelta(hours=6)  # a rank may save, load or read text for long
+_HOST_TIMEOUT = datetime.timedelta(hours=2)  # a rank may save, load or read text for long
 
 
 def on_all_ranks(action: Callable[[], _Result]) -> list[_Result]:

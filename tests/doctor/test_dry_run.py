@@ -45,7 +45,7 @@ SMALL = {
 
 def batch_for(path: Path, world_size: int) -> list[str]:
     """The batch of `base_8gpu` is too small for 1,024 ranks; this is the fix that the refusal names."""
-    return ["train.global_batch_size=2048"] if (path, world_size) == (BASE, 1024) else []
+    return ["train.global_batch_size=4096"] if (path, world_size) == (BASE, 1024) else []
 
 
 def dry_runs_of_everything() -> tuple[DryRun, dict[tuple[Path, int], tuple[DryRun, float]], str, int]:
@@ -124,18 +124,18 @@ def test_a_rank_that_holds_too_little_or_another_ranks_experts_is_found(everythi
 def test_the_command_prints_every_part(everything):
     *_, printed, _ = everything
     for line in (
-        r"base_8gpu on 64 ranks, parallel.ep_size=8",
-        r"ep: split the experts +8 +8 +0, 1, ..., 7 +56, 57, ..., 63",
-        r"edp: hold the same experts +8 +8 +0, 8, ..., 56 +7, 15, ..., 63",
-        r"7, 15, ..., 63 +56, 57, ..., 63 +1,282,017,280 +805,306,368 +2,097,152 +474,613,760",
+        r"base_8gpu on 64 ranks, parallel.ep_size=4",
+        r"ep: split the experts +16 +4 +0, 1, 2, 3 +60, 61, 62, 63",
+        r"edp: hold the same experts +4 +16 +0, 4, ..., 60 +3, 7, ..., 63",
+        r"3, 7, ..., 63 +48, 49, ..., 63 +2,087,323,648 +1,610,612,736 +2,097,152 +474,613,760",
         r"pass  the parameters of each rank, counted in its model, are equal to .*",
-        r"pass  each expert of a layer is on 8 of 64 ranks, every other parameter on all",
+        r"pass  each expert of a layer is on 16 of 64 ranks, every other parameter on all",
         r"pass  every parameter is on all ranks",
-        r"all-to-all +30,863,327,594 +28.74",
-        r"352 calls of all-to-all, each among 8 ranks",
-        r"peak +9.70",
+        r"all-to-all +11,878,491,780 +11.06",
+        r"112 calls of all-to-all, each among 4 ranks",
+        r"peak +42.10",
         r"fits 72.00 GiB, 90% of the memory of H100",
-        r' "gradient_accumulation_steps": 2,',
+        r' "gradient_accumulation_steps": 1,',
     ):
         assert re.search(f"^{line}$", printed, re.MULTILINE), (line, printed)
 
@@ -166,13 +166,13 @@ def test_calls_of_all_to_all_are_those_of_a_real_step(recomputes, calls):
     ("arguments", "message"),
     [
         (
-            [BASE, "--world", "12"],
-            "parallel.ep_size: 8 does not divide the 12 ranks; use a divisor, or start 16 ranks",
+            [BASE, "--world", "10"],
+            "parallel.ep_size: 4 does not divide the 10 ranks; use a divisor, or start 12 ranks",
         ),
         (
             [BASE, "--world", "1024"],
-            "train.global_batch_size: 256 is not a multiple of train.micro_batch_size (2) x 1024 ranks; "
-            "use 2048",
+            "train.global_batch_size: 256 is not a multiple of train.micro_batch_size (4) x 1024 ranks; "
+            "use 4096",
         ),
         (
             [TINY, "moe.num_experts=6", "parallel.ep_size=4", "--world", "4"],
@@ -180,22 +180,22 @@ def test_calls_of_all_to_all_are_those_of_a_real_step(recomputes, calls):
         ),
         (
             [BASE, "parallel.ep_size=1", "--world", "8", "--gpu", "l4"],
-            "parallel.ep_size: a rank takes 31.13 GiB of the usable 21.60 GiB of L4; use parallel.ep_size=8, "
-            "which takes 20.97 GiB",
+            "--world: a rank takes 97.77 GiB of the usable 21.60 GiB of L4, and 22.44 GiB is the least with "
+            "any ep_size, ZeRO stage and recomputation; use --world 16",
         ),
         (
             [CONFIGS / "zoo" / "deepseek_moe_16b.yaml", "--world", "8", "--gpu", "h100"],
-            "parallel.ep_size: a rank takes 78.14 GiB of the usable 72.00 GiB of H100; use "
-            "parallel.ep_size=8, which takes 53.92 GiB",
+            "parallel.ep_size: a rank takes 158.90 GiB of the usable 72.00 GiB of H100; use "
+            "parallel.ep_size=8, which takes 61.59 GiB",
         ),
         (
             [CONFIGS / "zoo" / "mixtral_8x22b.yaml", "--world", "8", "--gpu", "h100"],
-            "--world: a rank takes 594.03 GiB of the usable 72.00 GiB of H100, and 368.97 GiB is the least "
+            "--world: a rank takes 1,314.42 GiB of the usable 72.00 GiB of H100, and 368.97 GiB is the least "
             "with any ep_size, ZeRO stage and recomputation; use --world 128\n",
         ),
         (
-            [BASE, "train.global_batch_size=16", "model.n_layers=32", "--world", "8", "--gpu", "l4"],
-            "--world: a rank takes 36.23 GiB of the usable 21.60 GiB of L4, and 36.23 GiB is the least with "
+            [BASE, "train.global_batch_size=32", "model.n_layers=32", "--world", "8", "--gpu", "l4"],
+            "--world: a rank takes 96.59 GiB of the usable 21.60 GiB of L4, and 36.23 GiB is the least with "
             "any ep_size, ZeRO stage and recomputation; use a GPU with more memory\n",
         ),
         ([TINY, "model.vocab_size=null", "data.tokenizer=absent.json", "--world", "4"], "model.vocab_size: "),
@@ -213,7 +213,7 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_is_printed(capsys
 
 
 def test_the_placement_that_a_refusal_proposes_is_accepted():
-    gpu, config = named_gpu("--gpu", "l4"), load_config(BASE, ["parallel.ep_size=1"])
+    gpu, config = named_gpu("--gpu", "h100"), load_config(CONFIGS / "zoo" / "deepseek_moe_16b.yaml")
     with pytest.raises(ConfigError) as refusal:
         refuse_impossible(config, 8, gpu)
     [proposed] = re.findall(r"use (\S+)=(\d+),", refusal.value.message)

@@ -22,7 +22,7 @@ def losses_and_norms(compiled: bool) -> tuple[list[float], int]:
         parallel={"ep_size": 2},
     )
     world = start(config.parallel)
-    model = Transformer(config, choose_dispatcher(world.groups, config.parallel))
+    model = Transformer(config, choose_dispatcher(world.groups, config.parallel, compiled))
     if compiled:
         del os.environ["TORCHDYNAMO_DISABLE"]  # see conftest.py
         for block in model.blocks:
