@@ -162,7 +162,7 @@ class Engine:
         # Routers' gradients are fp32, and bf16 ones are reduced in it.
         self._deepspeed.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
         self._adamw: Any = optimizer
-        # A single process has nothing to reduce, and skips the copies that DeepSpeed makes for it.
+        # Alone in fp32 there is nothing to reduce, and the copies that DeepSpeed makes for it are left out.
         self._reduces = reduces_gradients(config, world.size)
         wrapped.enable_backward_allreduce = self._reduces
         self.training_state = ZeroState(self.module, wrapped.optimizer)
