@@ -104,7 +104,7 @@ def test_torchrun_restarts_killed_ranks_and_they_resume_by_themselves(arguments,
             _, alive = psutil.wait_procs(list(ranks.values()), timeout=60)
             assert not alive, job.output()
             saved = max(steps_of(job.run), default=0)
-            assert last_logged_step(job.run) - saved <= 2, f"kill {kill}"
+            assert last_logged_step(job.run) - saved <= 4, f"kill {kill}"  # one begun, and one not yet
             restarted_at += [saved] if saved else []
         assert job.ended_within(120) == 0, job.output()
         assert [
