@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from moe.checkpoint.manifest import CheckpointError, Info
 from moe.checkpoint.saving import Save, save_checkpoint
 from moe.config import changed
-from moe.model.initialization import initial_weights
 from moe.model.transformer import Transformer
 from moe.training.engine import start
 from moe.training.optimizer import learning_rate, parameter_groups
@@ -36,15 +35,6 @@ def full_state(engine):
         whole = state.setdefault(kind, {}).setdefault(name, torch.full(shape, float("nan")))
         whole.view(-1)[first : first + len(values)] = values
     return state
-
-
-def masters_of(engine):
-    """Name -> fp32 master weight, of one rank; there need be no moments yet."""
-    masters = {}
-    for name, parameter in engine.module.named_parameters():
-        [(flat, _, place)] = engine.training_state.parts_of(parameter)
-        masters[name] = flat.detach()[place].view(parameter.shape).clone()
-    return masters
 
 
 def saved(engine, folder, step, change=lambda fragments: fragments):
@@ -248,44 +238,6 @@ def test_every_parameter_moves_after_a_step(process_group):
     initial = dict(Transformer(config, expert_path="grouped_mm").named_parameters())
     for name, weight in full_state(engine)["weights"].items():
         assert not torch.equal(weight, initial[name]), name
-
-
-def test_bf16_keeps_the_router_in_fp32_throughout(process_group):
-    """Its weight is the fp32 master itself, before and after updates; all others are the rounded masters."""
-    config = make_config(parallel={"precision": "bf16"})
-    engine = make_engine(config, process_group)
-    initial = {name: values for name, _, values in initial_weights(engine.module, config.run.seed)}
-    seen = []
-    moe_of(engine.module, 0).router.register_forward_hook(lambda _m, _i, out: seen.append(out))
-    for steps in (0, 2):
-        run_engine(engine, config, steps)
-        masters = masters_of(engine)
-        for name, weight in engine.module.named_parameters():
-            is_router = ".router." in name
-            assert weight.dtype == (torch.float32 if is_router else torch.bfloat16)
-            assert torch.equal(weight, masters[name].to(weight.dtype)), name
-            if steps == 0:
-                assert torch.equal(masters[name], initial[name]), name
-    router = masters["blocks.0.ffn.router.weight"]
-    assert not torch.equal(router, router.bfloat16().float())
-    assert not torch.equal(router, initial["blocks.0.ffn.router.weight"])
-    assert {out.router_logits.dtype for out in seen} == {torch.float32}
-
-
-def test_in_bf16_zero_2_adds_up_the_gradients_of_many_micro_batches_in_fp32(process_group):
-    """Of 512 equal micro batches the mean is each one; in bf16 a sum stops growing at 256 equal numbers."""
-    norms = []
-    for count in (1, 512):
-        config = make_config(
-            train={"global_batch_size": 8 * count}, parallel={"precision": "bf16", "zero_stage": 2}
-        )
-        engine, tokens, found = make_engine(config, process_group), batches(1)[0], None
-        for _ in range(count):
-            engine.backward(loss_of(engine(tokens[:, :-1]), tokens, config))
-            found = engine.step(1e-3)
-        assert found is not None
-        norms.append(found.total)
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 @pytest.mark.slow
