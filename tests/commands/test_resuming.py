@@ -184,9 +184,9 @@ def test_a_prolonged_run_does_not_keep_the_old_results_while_it_runs(run_main, m
 
 @pytest.fixture
 def bad_batch(monkeypatch):
-    """Make the loss of each micro batch of some steps infinite, and interrupt the run in another one."""
+    """Multiply the loss of each micro batch of some steps, and interrupt the run in another one."""
 
-    def poison(*bad: int, interrupted: int = 0) -> None:
+    def poison(*bad: int, interrupted: int = 0, factor: float = math.inf) -> None:
         real, steps = train.train_step, []
 
         def recorded(run, engine, step):
@@ -197,7 +197,7 @@ def bad_batch(monkeypatch):
 
         def poisoned(output, targets, moe):
             loss = training_loss(output, targets, moe)
-            return loss._replace(total=loss.total * math.inf) if steps[-1] in bad else loss
+            return loss._replace(total=loss.total * factor) if steps[-1] in bad else loss
 
         monkeypatch.setattr(train, "train_step", recorded)
         monkeypatch.setattr(train, "training_loss", poisoned)
@@ -218,6 +218,21 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_as_if_its_step_were_l
     assert_same_run(run, left_out)
     skipped = {line["step"]: line["optim/skipped_steps"] for line in read_lines(run) if "loss/lm" in line}
     assert skipped == {1: 0, 2: 0, 4: 1, 5: 1, 6: 1, 8: 2, 9: 2, 10: 2, 11: 2, 12: 2}
+
+
+def test_a_spike_is_known_by_the_norms_from_before_a_resume(run_main, bad_batch):
+    """Stopped at step 20; 9 norms later there is one of 1,000 times the others, and 16 are needed to tell."""
+    spikes = ["train.steps=32", "optim.skip_norm_above=50", "train.checkpoint_interval=20"]
+    code, left_out, _, _ = run_main("train.skip_steps=[30]", *spikes, folder="left out")
+    assert code == 0
+    bad_batch(30, interrupted=20, factor=1000.0)
+    assert run_main(*spikes)[0] == 130
+    bad_batch(30, factor=1000.0)
+    code, run, _, error = run_main(*spikes)
+    assert code == 0
+    assert error.startswith("warning: step 30: update skipped, as its gradient norm is ")
+    assert read_lines(run)[-2]["optim/skipped_steps"] == 1
+    assert_same_run(run, left_out)
 
 
 def test_too_many_skipped_updates_in_a_row_end_the_run_and_reach_no_checkpoint(run_main, bad_batch):
