@@ -203,7 +203,7 @@ class OptimConfig(Section):
         None, "skip an update whose norm is above this many medians of the last 128; null: never", gt=1
     )
     max_skips: _Free[int] = _key(
-        10, "updates in a row that may be skipped, as they are when the gradient is not finite", ge=0
+        10, "most updates skipped in a row, because the gradient was not finite or too large", ge=0
     )
 
 
@@ -224,7 +224,7 @@ class ParallelConfig(Section):
         "fp32", "of weights and activations, not of the router"
     )
     zero_stage: Literal[1, 2] = _key(
-        1, "ZeRO stage; 1 reduces gradients once a step, 2 after each micro batch, and holds a share of them"
+        1, "ZeRO stage; 1 reduces gradients once a step, 2 after each micro batch and keeps only its share"
     )
     keep_freed_memory: bool = _key(
         True, "on CPU with glibc, reuse freed memory instead of giving it back to the system: faster"

@@ -28,7 +28,8 @@ class AllToAllDispatcher:
         groups: the ranks.
         once_per_rank: send a token once to a rank that holds several of its experts, else once per expert.
         overlap: let the rows travel while the caller works between `dispatch` and `receive`.
-        compiled: torch.compile leaves the exchanges out of its graphs, as the host knows the numbers of rows.
+        compiled: whether torch.compile compiles the layer. The exchanges then stay out of its graphs, since
+            only the host knows their sizes.
     """
 
     def __init__(

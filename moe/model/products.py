@@ -37,7 +37,7 @@ def grouped_products(rows_per_group: Tensor) -> Products:
 
 
 def _grouped_mm(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
-    """The grouped GEMM of torch; of no rows at all it is not asked, as a GPU's kernels may refuse that."""
+    """The grouped GEMM of torch. It is not called without rows, which a GPU's kernels may refuse."""
     if left.numel() == 0:
         groups = [] if right.dim() == 3 else [len(ends_E)]
         return left.new_zeros(*groups, left.shape[0], right.shape[-1])

@@ -43,7 +43,7 @@ def overview(config: Config, counts: ModelCounts, text_tokens: int, world_size: 
     if world_size > 1:
         lines.append(f"ranks:       {world_size}, each sends {memory_size(sent.total)} a step")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        lines.append("stopping:    30 s after a SIGTERM torchrun kills its ranks; more: --shutdown-timeout")
+        lines.append("stopping:    torchrun kills ranks 30 s after SIGTERM; --shutdown-timeout sets more")
     return "\n".join(f"  {line}" for line in lines)
 
 

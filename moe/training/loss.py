@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.config import MoEConfig, check_type
+from moe.model.losses import NOT_COUNTED
 from moe.model.moe_layer import MoEAux
 from moe.model.transformer import TransformerOutput
 
@@ -24,7 +25,7 @@ def training_loss(output: TransformerOutput, targets: Tensor, moe: MoEConfig) ->
 
     Args:
         output: of the model, with these targets or with logits.
-        targets: (B, S) int64, the token after each position.
+        targets: (B, S) int64, the token after each position; -100: not counted, in the mean either.
         moe: the section `moe`, for its two coefficients.
 
     Raises:
@@ -41,7 +42,7 @@ def training_loss(output: TransformerOutput, targets: Tensor, moe: MoEConfig) ->
         lm = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
     else:
         assert output.nats is not None
-        lm = output.nats / targets.numel()
+        lm = output.nats / (targets != NOT_COUNTED).sum()
     total = lm
     if output.aux is not None:
         total = total + moe.aux_loss_coef * output.aux.load_balancing_loss.mean()

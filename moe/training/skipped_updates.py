@@ -53,7 +53,7 @@ class SkipCount:
     in_a_row: int = 0  # those whose gradient was refused, up to now
 
     def add(self, step: int, norm: float) -> str:
-        """Count the gradient of this norm as refused, and say so.
+        """Count one more skipped update, whose gradient had this norm, and return the warning.
 
         Raises:
             RunError: they are too many in a row.

@@ -1,6 +1,8 @@
 """A checkpoint is written while training goes on."""
 
+import os
 import threading
+import time
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from moe.checkpoint.saving import Fragment, Save
 from moe.config import RunError
 from tests.support.checkpoints import fragments, make_state, names_in, newest
 from tests.support.ranks import run_ranks
+from tests.support.training import train_once
 
 
 @pytest.fixture
@@ -103,3 +106,22 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(tmp_path):
     assert messages == 2 * ["rank 1: weights of w are not finite; the checkpoint was not saved"]
     assert names_in(tmp_path) == ["step-00000002"]
     assert newest(tmp_path)[0].read("weights", "w").tolist() == [1, 2, 3, 4]
+
+
+def train_where_rank_1_writes_slowly(arguments):
+    write = Save.write
+
+    def write_slowly(self, parts):
+        time.sleep(0.5 * int(os.environ["RANK"]))
+        return write(self, parts)
+
+    Save.write = write_slowly
+    return train_once(arguments)
+
+
+def test_ranks_go_on_together_while_one_of_them_still_writes(small, short_samples, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*small, "train.steps=12", "train.checkpoint_interval=4", "parallel.timeout_s=20"]
+    for trained in run_ranks(2, train_where_rank_1_writes_slowly, [*arguments, f"run.dir={run}"]):
+        assert trained.code == 0, trained
+    assert names_in(run / "checkpoints") == ["step-00000008", "step-00000012"]

@@ -70,3 +70,12 @@ def test_the_gradient_of_the_total_reaches_logits_and_both_losses():
     assert balance.grad is not None
     assert z.grad is not None
     assert (balance.grad.tolist(), z.grad.tolist()) == ([50.0, 50.0], [5.0, 5.0])
+
+
+def test_a_target_that_is_not_counted_is_left_out_of_the_mean_with_logits_and_without():
+    """Of the two positions the second alone counts."""
+    targets = torch.tensor([[-100, 2]])
+    with_logits = output([1.0, 1.0], [0.0, 0.0])
+    without = TransformerOutput(None, with_logits.aux, torch.tensor(-math.log(0.8)))
+    for given in (with_logits, without):
+        assert training_loss(given, targets, MoEConfig()).lm.item() == pytest.approx(-math.log(0.8), rel=1e-6)
