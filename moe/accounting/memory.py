@@ -23,17 +23,13 @@ class Memory:
 
     weights: int  # in the training precision; of the routed experts only the rank's own
     optimizer: int  # the rank's ZeRO shard of Adam's moments and, in bf16, of fp32 master weights
-    gradients: (
-        int  # their sum in fp32; under ZeRO 2 the rank's shard of it; in bf16 under ZeRO 1 the bf16 ones too
-    )
+    gradients: int  # in fp32; under ZeRO 2 only the rank's shard; in bf16 under ZeRO 1 the bf16 ones too
     bucket: int  # DeepSpeed's buffer for reducing gradients; a single process under ZeRO 1 needs none
     activations: int  # what the forward pass keeps for the backward pass
     recomputed: int  # activations of the block that is being recomputed, with activation checkpointing
     temporary: int  # what the backward pass of one feed-forward block takes for itself
     dispatch: int  # rows sent to the experts of one layer and back; 0 if the experts are not split over ranks
-    loss: (
-        int  # of a chunk: logits in fp32, log-softmax, gradients; and the gradients that the chunks add up to
-    )
+    loss: int  # logits in fp32, log-softmax and gradients of a chunk; gradients that chunks add up to
     update: int  # gradients of the rank's shard, all that is left by then, and AdamW's fp32 copy of them
     accumulates: bool  # whether gradients of earlier micro batches exist during a forward pass
 

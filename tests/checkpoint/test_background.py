@@ -111,9 +111,9 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(tmp_path):
 def train_where_rank_1_writes_slowly(arguments):
     write = Save.write
 
-    def write_slowly(self, parts):
+    def write_slowly(self, fragments):
         time.sleep(0.5 * int(os.environ["RANK"]))
-        return write(self, parts)
+        return write(self, fragments)
 
     Save.write = write_slowly
     return train_once(arguments)
