@@ -9,7 +9,6 @@ training loop; read it top to bottom.
 
 import hashlib
 import json
-import math
 import os
 import sys
 import time
@@ -61,7 +60,8 @@ from moe.runs.resuming import all_damaged, check_continues, open_run, what_is_sa
 from moe.runs.run_folder import RunFolder
 from moe.runs.summary import overfitting, overview, summarize
 from moe.training.engine import Engine, start
-from moe.training.evaluation import evaluate
+from moe.training.evaluation import check_finite, evaluate
+from moe.training.garbage import GarbageCollection
 from moe.training.loss import training_loss
 from moe.training.optimizer import learning_rate
 from moe.training.skipped_updates import SkipCount
@@ -90,6 +90,7 @@ def train(config: Config) -> int:
             Progress(run.config, run.folder, run.world, run.first_step) as progress,
             StopRequest() as stop,
             BackgroundSaver() as saver,
+            GarbageCollection() as garbage,
         ):
             run.started = time.perf_counter()
             while done < steps and not stopping:
@@ -106,6 +107,7 @@ def train(config: Config) -> int:
                     saver.finish()
                 if done % config.train.checkpoint_interval == 0 or done == steps or stopping:
                     save(run, engine, saver, done)
+                garbage.step(done)
         if stopping:
             run.world.print(f"stopped and saved at step {done} of {steps}; run the same command to resume")
             return INTERRUPTED
@@ -285,15 +287,6 @@ def check_same_on_all_ranks(config: Config, corpus: TokenizedCorpus) -> None:
         odd = next(i for i, there in enumerate(digests) if there != digests[0])
         problem = f"the text, the tokenizer or another key differs between ranks 0 and {odd}"
         raise ConfigError("data.source", f"{problem}; start all with the same files and arguments")
-
-
-def check_finite(loss: float, done: int) -> None:
-    """Stop the run before a checkpoint is saved whose validation loss is not finite."""
-    if not math.isfinite(loss):
-        raise RunError(
-            f"step {done}: eval/loss is {loss}; nothing of this step was saved. Start a new run with a lower "
-            "optim.lr or optim.grad_clip"
-        )
 
 
 @command

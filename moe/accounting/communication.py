@@ -51,15 +51,15 @@ def estimate_communication(config: Config, world_size: int) -> Communication:
 def all_to_all_calls(config: Config, world_size: int) -> int:
     """How often a rank calls all-to-all in an optimizer step, each time with all ranks of its `ep_group`.
 
-    A layer sends counts, choices, rows, and rows back; its backward pass the last three. A recomputed forward
-    pass sends everything again.
+    A layer sends counts, choices, rows, and rows back; its backward pass the last three, and so does a
+    recomputed forward pass.
 
     Raises:
         ConfigError: the global batch does not split evenly over the ranks.
     """
     if config.parallel.ep_size == 1:
         return 0
-    calls = 4 + 3 + 4 * config.train.activation_checkpointing
+    calls = 4 + 3 + 3 * config.train.activation_checkpointing
     return config.accumulation_steps(world_size) * len(config.moe_layers) * calls
 
 

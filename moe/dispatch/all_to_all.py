@@ -5,6 +5,8 @@ R ranks that split the experts, C destinations of a token (at most R once per ra
 k choices sent with a row, S rows sent, M rows that arrive, D d_model.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from moe.dispatch.local import LocalDispatcher
 from moe.dispatch.permutation import count_assignments, permute, plan_routed, unpermute
 from moe.distributed.collectives import RowExchange, exchange_counts
 from moe.distributed.groups import ParallelGroups
+
+_Numbers = tuple[list[list[int]], list[list[int]]]  # as `exchange_counts` returns them
 
 
 class AllToAllDispatcher:
@@ -37,6 +41,7 @@ class AllToAllDispatcher:
     ):
         self.group, self.num_ranks, self.rank = groups.ep_group, groups.ep_size, groups.ep_rank
         self.once_per_rank, self.overlap = once_per_rank, overlap
+        self.counts_of_forward: _Counts | None = None  # while a forward pass that is run again is under way
         for name in ("dispatch", "receive", "combine") if compiled else ():
             setattr(self, name, torch.compiler.disable(getattr(self, name)))
 
@@ -65,7 +70,7 @@ class AllToAllDispatcher:
         # 3. Exchange how many rows and assignments come. The host reads them: its one wait for the device.
         rows_R = count_assignments(ranks_TC, self.num_ranks + 1).narrow(0, 0, self.num_ranks)
         assignments_R = kept_E.view(self.num_ranks, share).sum(1)
-        sent, received = exchange_counts(torch.stack([rows_R, assignments_R], 1), self.group)
+        sent, received = self._exchange(torch.stack([rows_R, assignments_R], 1))
         send, receive = [rows for rows, _ in sent], [rows for rows, _ in received]
         num_assignments = sum(assignments for _, assignments in received)
 
@@ -105,6 +110,20 @@ class AllToAllDispatcher:
         sums_SD = RowExchange(route.receive, route.send, self.group).run(sums)
         return unpermute(sums_SD, route.permutation)
 
+    def recomputation(self) -> tuple["_Counts", "_Counts"]:
+        """Exchange counts in the forward pass only, and keep them; see `Dispatcher.recomputation`."""
+        kept: list[_Numbers] = []
+        return _Counts(self, kept, reads=False), _Counts(self, kept, reads=True)
+
+    def _exchange(self, counts_R2: Tensor) -> _Numbers:
+        counts = self.counts_of_forward
+        if counts is not None and counts.reads:
+            return counts.kept[0]
+        numbers = exchange_counts(counts_R2, self.group)
+        if counts is not None:
+            counts.kept.append(numbers)
+        return numbers
+
     def _distinct(self, ranks_TK: Tensor) -> Tensor:
         """Each token's ranks without repetition, (T, C), filled up with R, which is no rank."""
         sorted_TK = ranks_TK.sort(1).values
@@ -127,6 +146,19 @@ class AllToAllDispatcher:
         else:
             places_TCk, gates_TCk = places_TK.unsqueeze(2), routing.gate_weights.unsqueeze(2)
         return torch.stack([gates_TCk, places_TCk.to(gates_TCk.dtype)], 3).flatten(0, 1)
+
+
+class _Counts(AbstractContextManager[None]):
+    """The counts of one layer's dispatch: kept in the forward pass, and read when that is run again."""
+
+    def __init__(self, dispatcher: AllToAllDispatcher, kept: list[_Numbers], reads: bool):
+        self.dispatcher, self.kept, self.reads = dispatcher, kept, reads
+
+    def __enter__(self) -> None:
+        self.dispatcher.counts_of_forward = self
+
+    def __exit__(self, *_: object) -> None:
+        self.dispatcher.counts_of_forward = None
 
 
 def choose_dispatcher(groups: ParallelGroups, parallel: ParallelConfig, compiled: bool = False) -> Dispatcher:

@@ -5,6 +5,7 @@ M tokens that came to this rank's experts (T where nothing travels), N rows, one
 among these experts.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -140,5 +141,13 @@ class Dispatcher(Protocol):
 
         Returns:
             (T, D), same dtype.
+        """
+        ...
+
+    def recomputation(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For the `context_fn` of `torch.utils.checkpoint.checkpoint` around one layer.
+
+        Returns:
+            Contexts for the forward pass and for running it again, where nothing has to be asked anew.
         """
         ...

@@ -1,5 +1,7 @@
 """Dispatch within one process: nothing travels."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 from torch import Tensor
 
 from moe.dispatch.capacity import plan_with_capacity
@@ -32,3 +34,7 @@ class LocalDispatcher:
     def combine(self, sums: Tensor, metadata: DispatchMetadata) -> Tensor:
         """Each token's sum is complete; see `Dispatcher.combine`."""
         return sums
+
+    def recomputation(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Nothing is asked of others; see `Dispatcher.recomputation`."""
+        return nullcontext(), nullcontext()

@@ -103,6 +103,7 @@ class Transformer(nn.Module):
         super().__init__()
         check_type("config", config, Config)
         model, dispatcher = config.model, dispatcher or LocalDispatcher()
+        self.dispatcher = dispatcher
         self.model_config, self.max_seq_len = model, model.max_seq_len
         self.activation_checkpointing = config.train.activation_checkpointing
         self.embedding = nn.Embedding(config.vocab_size, model.d_model)
@@ -156,7 +157,13 @@ class Transformer(nn.Module):
         for block, layer_cache, keys in zip(self.blocks, layer_caches, block_keys, strict=True):
             if recomputes:
                 hidden_BSD, aux = checkpoint(
-                    block, hidden_BSD, rotary, mask, dropout_keys=keys, use_reentrant=False
+                    block,
+                    hidden_BSD,
+                    rotary,
+                    mask,
+                    dropout_keys=keys,
+                    use_reentrant=False,
+                    context_fn=self.dispatcher.recomputation,
                 )
             else:
                 hidden_BSD, aux = block(hidden_BSD, rotary, mask, layer_cache, keys)

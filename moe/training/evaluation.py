@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from moe.config import Config
+from moe.config import Config, RunError
 from moe.data.batches import read_batches
 from moe.data.samples import spread_starts
 from moe.data.text import Text
@@ -27,6 +27,19 @@ def evaluate(engine: Engine, corpus: TokenizedCorpus, config: Config) -> dict[st
     for name, text in corpus.extra_validation.items():
         metrics |= _evaluate_on(text, f"eval/{name}", engine, config)
     return metrics
+
+
+def check_finite(loss: float, step: int) -> None:
+    """Stop the run before a checkpoint is saved whose validation loss is not finite.
+
+    Raises:
+        RunError: it is not.
+    """
+    if not math.isfinite(loss):
+        raise RunError(
+            f"step {step}: eval/loss is {loss}; nothing of this step was saved. Start a new run with a lower "
+            "optim.lr or optim.grad_clip"
+        )
 
 
 @torch.no_grad()

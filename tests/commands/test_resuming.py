@@ -81,20 +81,6 @@ def test_metrics_are_cut_back_to_the_checkpoint(run_main):
     assert read_lines(run) == whole
 
 
-def test_a_damaged_newest_checkpoint_is_replaced_by_the_one_before_with_a_warning(run_main):
-    _, run, _, _ = run_main()
-    whole = final_state(run)
-    (run / "summary.json").unlink()
-    weights = run / "checkpoints" / "step-00000012" / "00000-00000.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    code, run, out, err = run_main()
-    assert code == 0
-    assert "step-00000012 is damaged (00000-00000.safetensors does not match its checksum)" in err
-    assert "resumed from" in out
-    assert (run / "checkpoints" / "damaged-step-00000012").exists()
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in final_state(run).items())
-
-
 def test_a_finished_run_is_left_alone_and_can_be_prolonged(run_main):
     _, run, _, _ = run_main()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from moe.config import MoEConfig, ParallelConfig
 from moe.dispatch import all_to_all
@@ -233,6 +234,27 @@ def test_a_dispatch_waits_for_the_device_once(monkeypatch, how, rows):
         out, aux = layer(torch.zeros(2, 3, D_MODEL, dtype=torch.bfloat16, device="cuda"))
     assert out.device.type == aux.dispatch_bytes.device.type == "cuda"
     assert len(reads) == 1
+
+
+def reads_of_a_recomputed_layer():
+    """How often the host waits for counts: after the forward pass, after the backward pass, and after another."""
+    groups, reads = start(ParallelConfig(ep_size=2, device="cpu")).groups, []
+    layer = make_layer(AllToAllDispatcher(groups), MoEConfig(num_experts=4, top_k=2, d_ff_expert=24))
+    exchange = all_to_all.exchange_counts
+    all_to_all.exchange_counts = lambda *arguments: reads.append(1) or exchange(*arguments)
+    found = []
+    for _ in range(2):
+        hidden = torch.rand(2, 3, D_MODEL, dtype=torch.float64, requires_grad=True)
+        out, _ = checkpoint(layer, hidden, use_reentrant=False, context_fn=layer.dispatcher.recomputation)
+        found.append(len(reads))
+        out.sum().backward()
+        found.append(len(reads))
+        layer(hidden)
+    return found
+
+
+def test_a_recomputed_layer_asks_for_no_counts_again():
+    assert run_ranks(2, reads_of_a_recomputed_layer) == [[1, 1, 3, 3]] * 2
 
 
 def test_a_token_that_stays_sends_no_bytes_and_a_local_layer_never_does():
