@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, S positions, D d_model, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -156,15 +156,7 @@ class Transformer(nn.Module):
         recomputes = self.activation_checkpointing and self.training
         for block, layer_cache, keys in zip(self.blocks, layer_caches, block_keys, strict=True):
             if recomputes:
-                hidden_BSD, aux = checkpoint(
-                    block,
-                    hidden_BSD,
-                    rotary,
-                    mask,
-                    dropout_keys=keys,
-                    use_reentrant=False,
-                    context_fn=self.dispatcher.recomputation,
-                )
+                hidden_BSD, aux = self._recomputed(block, hidden_BSD, rotary, mask, None, keys)
             else:
                 hidden_BSD, aux = block(hidden_BSD, rotary, mask, layer_cache, keys)
             if aux is not None:
@@ -193,6 +185,11 @@ class Transformer(nn.Module):
         except IndexError:
             expected, got = f"0 to {len(self.embedding.weight) - 1}", f"{tokens.min()} to {tokens.max()}"
             raise ValueError(f"tokens should be from {expected} (model.vocab_size), got {got}") from None
+
+    def _recomputed(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, MoEAux | None]:
+        """Run a block that keeps its inputs only, and runs again in the backward pass."""
+        again = self.dispatcher.recomputation
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=again)
 
     def _keys_of_places(self, keys: Tensor | None, tokens: Tensor) -> Tensor:
         """The dropout's keys (P, B) of the embedding and of two places in each block."""

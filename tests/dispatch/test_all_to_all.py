@@ -237,7 +237,7 @@ def test_a_dispatch_waits_for_the_device_once(monkeypatch, how, rows):
 
 
 def reads_of_a_recomputed_layer():
-    """How often the host waits for counts: after the forward pass, after the backward pass, and after another."""
+    """How often counts were exchanged after the forward and the backward pass of two steps."""
     groups, reads = start(ParallelConfig(ep_size=2, device="cpu")).groups, []
     layer = make_layer(AllToAllDispatcher(groups), MoEConfig(num_experts=4, top_k=2, d_ff_expert=24))
     exchange = all_to_all.exchange_counts
