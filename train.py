@@ -51,6 +51,7 @@ from moe.distributed.launch import leave, world_size
 from moe.distributed.lost_ranks import why_lost
 from moe.distributed.topology import Topology
 from moe.inference.sample_text import sample_text
+from moe.model.router_rules import find_router
 from moe.model.transformer import Transformer
 from moe.runs.environment import check_installed, compile_failure, describe_environment
 from moe.runs.loss_plot import plot_losses
@@ -59,6 +60,7 @@ from moe.runs.progress import Progress
 from moe.runs.resuming import all_damaged, check_continues, open_run, what_is_saved, with_recorded_revisions
 from moe.runs.run_folder import RunFolder
 from moe.runs.summary import overfitting, overview, summarize
+from moe.training.balancing import GlobalCounts, update_expert_biases
 from moe.training.engine import Engine, start
 from moe.training.evaluation import check_finite, evaluate
 from moe.training.garbage import GarbageCollection
@@ -146,6 +148,7 @@ def prepare(config: Config) -> Run:
     config.accumulation_steps(world_size())
     Topology(world_size(), config.parallel.ep_size)
     check_installed(config)
+    find_router(config.moe.router)  # of one's own, it may not be there
     corpus = prepare_corpus(with_recorded_revisions(config, folder))
     config = changed(config, corpus.revisions).resolve(vocabulary_size(corpus.tokenizer))
     world = start(config.parallel)
@@ -220,10 +223,11 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     micro, lr = config.train.micro_batch_size, learning_rate(config, step)
     starts = samples_of_step(config, run.corpus.train, step)
     starts_here = starts.reshape(-1, world.size, micro)[:, world.rank].flatten()
-    meter, norms = StepMeter(world.device), None
-    for batch in read_batches(config, run.corpus.train, starts_here, world.device, step):
+    batches = read_batches(config, run.corpus.train, starts_here, world.device, step)
+    meter, norms, counts = StepMeter(world.device), None, GlobalCounts(engine, batches, config.moe)
+    for batch in batches:
         output = engine(batch.tokens, batch.documents, batch.dropout_keys, batch.targets)
-        loss = training_loss(output, batch.targets, config.moe)
+        loss = training_loss(output, batch.targets, config.moe, counts.of(output))
         meter.add(loss)
         engine.backward(loss.total)
         norms = engine.step(lr)
@@ -234,6 +238,8 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
         world.print(f"warning: {run.skips.add(done, norms.total)}", file=sys.stderr)
         return metrics
     run.skips.in_a_row = 0
+    if meter.tokens_per_expert is not None and config.moe.bias_update_rate:
+        update_expert_biases(engine.module, meter.tokens_per_expert, config.moe.bias_update_rate)
     metrics |= meter.read(world.size)
     metrics |= {"optim/lr": lr, "optim/skipped_steps": run.skips.total, "optim/grad_norm": norms.total}
     metrics |= {f"optim/grad_norm/{family}": norm for family, norm in norms.families().items()}

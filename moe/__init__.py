@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         TrainConfig,
         load_config,
     )
-    from moe.dispatch.interface import RouterOutput
+    from moe.dispatch.interface import RouterOutput, TokenContext
     from moe.inference.generation import Sampling, generate, stream
     from moe.inference.perplexity import Prediction, predict
     from moe.inference.trained_run import TrainedRun, load_run
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = [  # a list in full, for type checkers
     "Config", "ConfigError", "DataConfig", "MoEAux", "MoEConfig", "MoELayer", "ModelConfig", "ModelCounts",
-    "Prediction", "Router", "RouterOutput", "RunConfig", "Sampling", "TrainConfig", "TrainedRun",
-    "TrainingLoss", "Transformer", "count_parameters", "generate", "load_config", "load_run", "predict",
-    "stream", "training_loss",
+    "Prediction", "Router", "RouterOutput", "RunConfig", "Sampling", "TokenContext", "TrainConfig",
+    "TrainedRun", "TrainingLoss", "Transformer", "count_parameters", "generate", "load_config", "load_run",
+    "predict", "stream", "training_loss",
 ]  # fmt: skip
 _HOMES = {
     "moe.accounting.counts": ["ModelCounts", "count_parameters"],
@@ -40,7 +40,7 @@ _HOMES = {
         "Config", "ConfigError", "DataConfig", "ModelConfig", "MoEConfig", "RunConfig", "TrainConfig",
         "load_config",
     ],
-    "moe.dispatch.interface": ["RouterOutput"],
+    "moe.dispatch.interface": ["RouterOutput", "TokenContext"],
     "moe.inference.generation": ["Sampling", "generate", "stream"],
     "moe.inference.perplexity": ["Prediction", "predict"],
     "moe.inference.trained_run": ["TrainedRun", "load_run"],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from moe.config import Config, check_type
+from moe.config import Config, MoEConfig, check_type
 
 PARTS = (  # in the order of all tables
     "embedding", "attention", "norms", "dense_blocks",
@@ -114,6 +114,18 @@ def in_order(numbers: Mapping[str, int]) -> dict[str, int]:
     return {part: numbers[part] for part in PARTS if numbers.get(part)}
 
 
+def _router_size(d_model: int, moe: MoEConfig) -> int:
+    """Parameters of a router. One of your own is built, on the meta device, to be counted."""
+    if ":" not in moe.router:
+        return {"hash": 0, "noisy_topk": 2}.get(moe.router, 1) * d_model * moe.num_experts
+    import torch
+
+    from moe.model.router_rules import make_router
+
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in make_router(d_model, moe).parameters())
+
+
 def _count_layer(config: Config, layer: int) -> dict[str, int]:
     model, moe = config.model, config.moe
     expert = 3 * model.d_model * moe.d_ff_expert
@@ -127,7 +139,7 @@ def _count_layer(config: Config, layer: int) -> dict[str, int]:
     if moe.is_dense:
         return parts | {"dense_blocks": (1 + moe.num_shared_experts) * expert}
     return parts | {
-        "router": model.d_model * moe.num_experts,
+        "router": _router_size(model.d_model, moe),
         "routed_experts": moe.num_experts * expert,
         "shared_experts": moe.num_shared_experts * expert,
     }

@@ -3,7 +3,15 @@
 import re
 from collections.abc import Iterator
 
-from moe.config.sections import DataConfig, ModelConfig, MoEConfig, OptimConfig, ParallelConfig, TrainConfig
+from moe.config.sections import (
+    ROUTER_RULES,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 
 Conflict = tuple[str, str]  # the dotted key to change; what is wrong, and the fix
 MOST_SOURCES = 32  # of a mixture: with more, the rounding in data/mixture.py could exceed the largest share
@@ -76,16 +84,59 @@ def expert_conflicts(model: ModelConfig, moe: MoEConfig, parallel: ParallelConfi
     if moe.top_k > moe.num_experts:
         problem = f"{moe.top_k} is more than moe.num_experts ({moe.num_experts})"
         yield "moe.top_k", f"{problem}; lower it or add experts"
-    if moe.top_k == 1 and moe.num_experts > 1 and moe.normalize_gate_weights:
+    if moe.top_k == 1 and moe.num_experts > 1 and moe.normalize_gate_weights and moe.normalizes:
         problem = "with moe.top_k=1 every gate weight would be 1 and the router would never learn"
         yield "moe.normalize_gate_weights", f"{problem}; set it to false"
     if not moe.is_dense and not moe.layers(model.n_layers):
         problem = f"no MoE layer is left among model.n_layers={model.n_layers}"
         fix = "lower one of the two"
         yield "moe.first_dense_layers", f"{problem} with moe.every_n_layers={moe.every_n_layers}; {fix}"
+    if not moe.is_dense:
+        yield from _router_conflicts(moe)
     if moe.num_experts % parallel.ep_size:
         problem = f"{parallel.ep_size} does not divide moe.num_experts ({moe.num_experts})"
         yield "parallel.ep_size", f"{problem}; use a divisor"
+
+
+def _router_conflicts(moe: MoEConfig) -> Iterator[Conflict]:
+    """Rules that do not exist, or whose keys do not go together."""
+    rule, own = moe.router, ":" in moe.router
+    if not own and rule not in ROUTER_RULES:
+        fix = f"use {', '.join(ROUTER_RULES)}, or MODULE:CLASS"
+        yield "moe.router", f"there is no rule {rule!r}; {fix}"
+    if rule == "switch" and moe.top_k != 1:
+        yield "moe.top_k", f"moe.router=switch takes one expert, not {moe.top_k}; set it to 1, or use topk"
+    if rule == "noisy_topk" and moe.top_k == 1:
+        problem = (
+            "with moe.router=noisy_topk the only gate weight would be 1 and the router would never learn"
+        )
+        yield "moe.top_k", f"{problem}; raise it"
+    if rule == "expert_choice" and not moe.allow_causal_leak:
+        problem = "expert_choice chooses tokens by comparing them with later ones, which leaks the future"
+        yield "moe.router", f"{problem}; use another, or set moe.allow_causal_leak=true"
+    if rule == "expert_choice" and moe.capacity_factor is not None:
+        yield "moe.capacity_factor", "expert_choice fills every expert exactly; set it to null"
+    if moe.bias_update_rate and rule in ("expert_choice", "hash", "uniform"):
+        yield "moe.bias_update_rate", f"{rule} chooses no experts by their scores; set it to 0"
+    yield from _group_conflicts(moe)
+
+
+def _group_conflicts(moe: MoEConfig) -> Iterator[Conflict]:
+    groups, best = moe.num_groups, moe.top_groups
+    if moe.router != "group_limited":
+        for key, value in {"num_groups": groups, "top_groups": best}.items():
+            if value is not None and ":" not in moe.router:
+                yield f"moe.{key}", f"is for moe.router=group_limited, not {moe.router}; set it to null"
+    elif groups is None or best is None:
+        missing = "num_groups" if groups is None else "top_groups"
+        yield f"moe.{missing}", "moe.router=group_limited needs it; set it"
+    elif moe.num_experts % groups:
+        yield "moe.num_groups", f"{groups} does not divide moe.num_experts ({moe.num_experts}); use a divisor"
+    elif best > groups:
+        yield "moe.top_groups", f"{best} is more than moe.num_groups ({groups}); lower it"
+    elif moe.top_k > best * (moe.num_experts // groups):
+        experts = best * (moe.num_experts // groups)
+        yield "moe.top_groups", f"{best} groups have {experts} experts, fewer than moe.top_k; raise it"
 
 
 def training_conflicts(

@@ -15,6 +15,11 @@ _Free = Annotated[_T, "free"]
 _Extends = Annotated[_T, "extends"]
 
 
+ROUTER_RULES = (
+    "topk", "sigmoid", "group_limited", "switch", "noisy_topk", "expert_choice", "hash", "uniform",
+)  # fmt: skip
+
+
 def _key(default: Any, description: str, **checks: Any) -> Any:
     return Field(default=default, description=description, **checks)
 
@@ -80,7 +85,25 @@ class MoEConfig(Section):
         None, "null: dropless; else an expert takes at most ceil(factor * T * K / E)", gt=0
     )
     normalize_gate_weights: bool = _key(True, "rescale the K gate weights of a token to sum to 1")
+    router: str = _key(
+        "topk", f"rule of routing: {', '.join(ROUTER_RULES)}, or MODULE:CLASS of your own", min_length=1
+    )
+    route_scale: float = _key(1.0, "factor of all gate weights", gt=0)
+    router_jitter: float = _key(
+        0.01, "switch: in training the router's input is scaled by 1 +- this", ge=0, lt=1
+    )
+    num_groups: int | None = _key(None, "group_limited: groups of consecutive experts", gt=0)
+    top_groups: int | None = _key(None, "group_limited: how many of them a token may use", gt=0)
+    allow_causal_leak: bool = _key(False, "train with expert_choice, whose choice looks at later tokens")
     aux_loss_coef: float = _key(0.01, "coefficient of the load-balancing loss", ge=0)
+    aux_loss_scope: Literal["sequence", "micro_batch", "global_batch"] = _key(
+        "sequence", "tokens over which the load-balancing loss wants balance"
+    )
+    bias_update_rate: float = _key(
+        0.0,
+        "step by which a bias of each expert, for the choice only, moves against its load; 0: no bias",
+        ge=0,
+    )
     z_loss_coef: float = _key(0.001, "coefficient of the router z-loss", ge=0)
     every_n_layers: int = _key(1, "every n-th layer after the first dense ones is sparse", gt=0)
     first_dense_layers: int = _key(0, "leading layers that stay dense", ge=0)
@@ -89,6 +112,16 @@ class MoEConfig(Section):
     def is_dense(self) -> bool:
         """One expert for every token is a dense block: no router is built."""
         return self.num_experts == 1
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the rule of routing reads `normalize_gate_weights`."""
+        return self.router not in ("noisy_topk", "expert_choice", "hash")
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the rule of routing may draw random numbers in training."""
+        return self.router in ("switch", "noisy_topk") or ":" in self.router
 
     def layers(self, n_layers: int) -> list[int]:
         """The MoE positions among `n_layers` layers: every n-th one after the first dense ones."""

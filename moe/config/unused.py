@@ -16,6 +16,14 @@ def unused_keys(config: Config) -> set[str]:
     model, data, unused = config.model, config.data, set[str]()
     if config.moe.is_dense:
         unused |= {f"moe.{name}" for name in MoEConfig.model_fields} - set(DENSE_KEYS)
+    if not config.moe.normalizes:
+        unused.add("moe.normalize_gate_weights")
+    if config.moe.router != "switch":
+        unused.add("moe.router_jitter")
+    if config.moe.router != "expert_choice":
+        unused.add("moe.allow_causal_leak")
+    if config.moe.aux_loss_coef == 0:
+        unused.add("moe.aux_loss_scope")
     if len(config.moe_layers) == model.n_layers:
         unused.add("model.d_ff")
     if not model.qk_norm:

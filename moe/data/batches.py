@@ -20,7 +20,7 @@ class Batch(NamedTuple):
         documents: (B, S) int64, the number of each token's document; None: attention is not masked by
             documents, or each sample is of one document.
         targets: (B, S) int64, the next tokens.
-        dropout_keys: (B,) int32, see `dropout.dropout_keys`; None without a dropout.
+        dropout_keys: (B,) int32, see `dropout.dropout_keys`; None without a dropout and noise of routers.
     """
 
     tokens: Tensor
@@ -35,7 +35,7 @@ def read_batches(
     """Read the samples that start at some tokens of a text, `train.micro_batch_size` to a batch.
 
     Without any sample it is one batch of none. All are moved at once. Training names its step, on which the
-    masks of a dropout depend.
+    masks of a dropout and the noise of routers depend.
     """
     size, seq_len = config.train.micro_batch_size, config.data.seq_len
     samples = _moved(torch.from_numpy(read_samples(text.tokens, starts, seq_len)), device).split(size)
@@ -46,7 +46,7 @@ def read_batches(
         numbers = _moved(torch.from_numpy(numbers), device).split(size)
         documents = [mask if bool(need.any()) else None for mask, need in zip(numbers, needed, strict=True)]
     keys: list[Tensor | None] = [None] * len(samples)
-    if config.model.dropout and step is not None:
+    if step is not None and (config.model.dropout or config.moe.is_noisy):
         keys = list(_moved(dropout_keys(config.run.seed, step, starts.tolist()), device).split(size))
     return [
         Batch(sample[:, :-1], mask, sample[:, 1:], key)

@@ -56,7 +56,8 @@ class AllToAllDispatcher:
         share = num_experts // self.num_ranks  # L
 
         # 1. Drop what is over capacity: such an assignment gets expert E, whose rank R does not exist.
-        counts_E = kept_E = count_assignments(routing.expert_indices, num_experts)
+        counts_E = count_assignments(routing.expert_indices, num_experts + 1).narrow(0, 0, num_experts)
+        kept_E = counts_E
         if capacity is not None:
             plan = plan_with_capacity(routing.expert_indices, counts_E, routing.gate_weights, capacity)
             assert plan.kept is not None

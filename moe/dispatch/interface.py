@@ -17,6 +17,21 @@ from moe.dispatch.permutation import Permutation
 from moe.distributed.collectives import RowExchange
 
 
+class TokenContext(NamedTuple):
+    """What a router may ask of the T tokens of B sequences, in addition to their hidden states.
+
+    Attributes:
+        sequence_length: S; T is B * S.
+        token_ids: (T,) int64, their numbers in the vocabulary; None if the layer was not told.
+        noise_keys: (B,) int32, of which the noise of a router is a function, as the masks of a dropout are.
+            None: new noise in each call, from PyTorch's random numbers.
+    """
+
+    sequence_length: int
+    token_ids: Tensor | None = None
+    noise_keys: Tensor | None = None
+
+
 class RouterOutput(NamedTuple):
     """Where each token goes.
 
@@ -25,12 +40,15 @@ class RouterOutput(NamedTuple):
         gate_weights: (T, K) fp32.
         router_logits: (T, E) fp32.
         router_probs: (T, E) fp32, rows sum to 1.
+        num_assignments: None: each token goes to K experts. Else how many of the T * K choices name an
+            expert; all others are E, and go nowhere.
     """
 
     expert_indices: Tensor
     gate_weights: Tensor
     router_logits: Tensor
     router_probs: Tensor
+    num_assignments: int | None = None
 
 
 def check_routing(routing: RouterOutput, num_tokens: int, num_experts: int) -> None:
@@ -43,7 +61,7 @@ def check_routing(routing: RouterOutput, num_tokens: int, num_experts: int) -> N
     check_type("what the router returns", routing, RouterOutput)
     indices = routing.expert_indices
     top_k = indices.shape[-1] if indices.dim() else 0
-    for name, tensor in routing._asdict().items():
+    for name, tensor in zip(RouterOutput._fields, routing[:4], strict=False):
         width, dtypes = num_experts, (torch.float32, torch.float64)
         if name in ("expert_indices", "gate_weights"):
             width = top_k
@@ -54,8 +72,9 @@ def check_routing(routing: RouterOutput, num_tokens: int, num_experts: int) -> N
             raise ValueError(f"{name} should be {(num_tokens, width)} of {dtypes[0]}, got {got}")
     if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
         lowest, highest = (int(index) for index in indices.aminmax())
-        if lowest < 0 or highest >= num_experts:
-            expected = f"from 0 to {num_experts - 1}"
+        most = num_experts - (routing.num_assignments is None)
+        if lowest < 0 or highest > most:
+            expected = f"from 0 to {most}"
             raise ValueError(f"expert_indices should be {expected}, got {lowest} to {highest}")
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moe.dispatch.capacity import plan_with_capacity
 from moe.dispatch.interface import DispatchMetadata, InFlight, RouterOutput
-from moe.dispatch.permutation import count_assignments, plan_permutation
+from moe.dispatch.permutation import count_assignments, plan_permutation, plan_routed
 
 
 class LocalDispatcher:
@@ -19,8 +19,11 @@ class LocalDispatcher:
     def dispatch(self, hidden: Tensor, routing: RouterOutput, capacity: int | None = None) -> InFlight:
         """Plan the permutation; see `Dispatcher.dispatch`."""
         indices, gates = routing.expert_indices, routing.gate_weights
-        counts_E = count_assignments(indices, routing.router_probs.shape[1])
-        if capacity is None:
+        num_experts = routing.router_probs.shape[1]
+        counts_E = count_assignments(indices, num_experts + 1).narrow(0, 0, num_experts)
+        if routing.num_assignments is not None:
+            permutation = plan_routed(indices, num_experts, routing.num_assignments)
+        elif capacity is None:
             permutation = plan_permutation(indices, counts_E)
         else:
             permutation = plan_with_capacity(indices, counts_E, gates, capacity)

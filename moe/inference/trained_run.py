@@ -46,12 +46,12 @@ def load_run(path: str | Path, device: str | torch.device | None = None) -> Trai
         model = Transformer(config)
     model = model.to_empty(device=device)
     try:
-        checkpoint.check_names("weights", {name: tuple(p.shape) for name, p in model.named_parameters()})
+        checkpoint.check_names("weights", {name: tuple(p.shape) for name, p in model.state_dict().items()})
     except CheckpointError as error:
         raise ConfigError("RUN", f"{error}; {folder.config} is of another model") from None
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(checkpoint.read("weights", name).view(parameter.shape))
+        for name, weight in model.state_dict().items():
+            weight.copy_(checkpoint.read("weights", name).view(weight.shape))
     tokenizer = read_tokenizer(folder.tokenizer, "RUN")
     end_id = tokenizer.token_to_id(end_token(tokenizer, config.data.end_token))
     assert end_id is not None

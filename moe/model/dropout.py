@@ -1,4 +1,4 @@
-"""Dropout whose masks follow from the sample and the place in the model alone.
+"""Dropout and other random numbers that follow from the sample and the place in the model alone.
 
 PyTorch draws masks one after the other, so that they depend on how a batch is split over ranks and micro
 batches, and on what was drawn before. Here each element has a number of its own, as in a counter-based
@@ -7,6 +7,7 @@ generator (Salmon et al. 2011), and topology, micro batch, recomputation and res
 Shape suffixes: B samples, S positions, D d_model, P places in the model.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,10 +57,32 @@ def dropout(hidden: Tensor, rate: float, keys: Tensor) -> Tensor:
     keys = _as_int32(keys)
     if len(keys) != len(hidden):
         raise ValueError(f"keys should be one for each of {len(hidden)} samples, got {len(keys)}")
-    elements_SD = _mix(_numbers(hidden.shape[1:].numel(), hidden.device)).view(hidden.shape[1:])
-    uniform_BSD = _mix(elements_SD + keys[:, None, None])
     lowest_kept = min(round(rate * 2**32), 2**32 - 1) - 2**31
-    return torch.where(uniform_BSD >= lowest_kept, hidden / (1 - rate), 0)
+    return torch.where(_numbers_of_elements(keys, hidden.shape[1:]) >= lowest_kept, hidden / (1 - rate), 0)
+
+
+def uniform_numbers(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    """Random numbers between 0 and 1, both excluded, that follow from keys and places.
+
+    Args:
+        keys: (B,) int32, of one place in the model.
+        shape: S, D of the elements of a sample.
+
+    Returns:
+        (B, S, D) fp32, multiples of 2**-24.
+    """
+    bits_BSD = _numbers_of_elements(_as_int32(keys), shape) >> 9 & 0x7FFFFF
+    return (bits_BSD.float() + 0.5) * 2**-23
+
+
+def random_int32(numbers: Tensor) -> Tensor:
+    """A random number for each number, of which the lowest 32 bits count: int32, the same in every call."""
+    return _mix(numbers.to(torch.int32))
+
+
+def _numbers_of_elements(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    elements_SD = _mix(_numbers(math.prod(shape), keys.device)).view(*shape)
+    return _mix(elements_SD + keys[:, None, None])
 
 
 def _as_int32(keys: Tensor) -> Tensor:

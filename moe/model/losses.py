@@ -78,7 +78,7 @@ def load_balancing_loss(router_probs: Tensor, expert_indices: Tensor, valid: Ten
 
     Args:
         router_probs: (T, E) or (B, T, E) fp32, rows sum to 1.
-        expert_indices: (T, K) or (B, T, K) int64.
+        expert_indices: (T, K) or (B, T, K) int64; E: a choice that goes nowhere.
         valid: (T,) or (B, T) bool, false for padding, which counts in neither f nor P. None: every token
             counts.
 
@@ -89,10 +89,31 @@ def load_balancing_loss(router_probs: Tensor, expert_indices: Tensor, valid: Ten
         return router_probs.sum()
     valid = torch.ones_like(expert_indices.select(-1, 0), dtype=torch.bool) if valid is None else valid
     weights = valid.to(router_probs.dtype).unsqueeze(-1)
-    counts = torch.zeros_like(router_probs).scatter_(-1, expert_indices, weights.expand(expert_indices.shape))
-    shares = counts.sum(-2) / (expert_indices.shape[-1] * weights.sum(-2))
+    num_experts = router_probs.shape[-1]
+    counts = router_probs.new_zeros(*router_probs.shape[:-1], num_experts + 1)
+    counts = counts.scatter_(-1, expert_indices, weights.expand(expert_indices.shape)).sum(-2)
+    counts = counts.narrow(-1, 0, num_experts)
+    shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     mean_probs = (router_probs * weights).sum(-2) / weights.sum(-2)
-    return router_probs.shape[-1] * (shares * mean_probs).sum(-1).mean()
+    return num_experts * (shares * mean_probs).sum(-1).mean()
+
+
+def load_balancing_loss_of_counts(mean_probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """`E * sum_i f_i P_i` of each layer, where f_i may come from more tokens than P_i.
+
+    With f over the global batch and P over a micro batch, the mean over the micro batches is the loss of the
+    global batch (Qiu et al. 2025, Demons in the Detail, section 3).
+
+    Args:
+        mean_probs: (L, E) fp32, rows sum to 1.
+        tokens_per_expert: (L, E) int64.
+
+    Returns:
+        (L,) fp32.
+    """
+    counts = tokens_per_expert.to(mean_probs.dtype)
+    shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    return mean_probs.shape[-1] * (shares * mean_probs).sum(-1)
 
 
 def router_z_loss(router_logits: Tensor, valid: Tensor | None = None) -> Tensor:

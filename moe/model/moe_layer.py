@@ -4,21 +4,22 @@ Shape suffixes: B sequences, S positions, T = B * S tokens, M tokens that came t
 K experts per token, E experts, D d_model.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from moe.config import MoEConfig, check_type
 from moe.dispatch.capacity import expert_capacity
-from moe.dispatch.interface import Dispatcher, RouterOutput, check_routing
+from moe.dispatch.interface import Dispatcher, RouterOutput, TokenContext, check_routing
 from moe.dispatch.local import LocalDispatcher
 from moe.model.experts import GroupedExperts, SwiGLU
 from moe.model.grouped_swiglu import ExpertPath
 from moe.model.initialization import init_weights
 from moe.model.losses import load_balancing_loss, router_entropy, router_z_loss
 from moe.model.products import is_autocast
-from moe.model.router import Router
+from moe.model.router_rules import ROUTERS, make_router
 
 
 class MoEAux(NamedTuple):
@@ -28,8 +29,9 @@ class MoEAux(NamedTuple):
     its MoE layers.
 
     Attributes:
-        load_balancing_loss: () fp32, differentiable; 1.0 at perfect balance.
+        load_balancing_loss: () fp32, differentiable, of the sequences; 1.0 at perfect balance.
         router_z_loss: () fp32, differentiable.
+        mean_probs: (E,) fp32, differentiable, the mean of the router probabilities.
         tokens_per_expert: (E,) int64, tokens that chose each expert, before dropping.
         dropped_tokens: () int64, of these tokens, how many were dropped for lack of capacity.
         router_entropy: () fp32, nats, detached.
@@ -39,6 +41,7 @@ class MoEAux(NamedTuple):
 
     load_balancing_loss: Tensor
     router_z_loss: Tensor
+    mean_probs: Tensor
     tokens_per_expert: Tensor
     dropped_tokens: Tensor
     router_entropy: Tensor
@@ -86,7 +89,7 @@ class MoELayer(nn.Module):
         self.d_model, self.num_experts = d_model, moe.num_experts
         self.capacity_factor = moe.capacity_factor
         self.dispatcher = dispatcher
-        self.router: Any = Router(d_model, moe.num_experts, moe.top_k, moe.normalize_gate_weights)
+        self.router: Any = make_router(d_model, moe)
         here = dispatcher.expert_ids(moe.num_experts)
         self.experts = GroupedExperts(moe.num_experts, here, d_model, moe.d_ff_expert, expert_path)
         self.shared_experts = (
@@ -99,12 +102,20 @@ class MoELayer(nn.Module):
         """The sizes, for `print`; the parts print their own."""
         return f"d_model={self.d_model}, capacity_factor={self.capacity_factor}"
 
-    def forward(self, hidden: Tensor, with_report: bool = True) -> tuple[Tensor, MoEAux | None]:
+    def forward(
+        self,
+        hidden: Tensor,
+        with_report: bool = True,
+        token_ids: Tensor | None = None,
+        noise_keys: Tensor | None = None,
+    ) -> tuple[Tensor, MoEAux | None]:
         """Transform every token.
 
         Args:
             hidden: (B, S, D) in the dtype of the experts' weights, under `torch.autocast` any float type.
             with_report: generating text needs none.
+            token_ids: (B, S) int64, which `moe.router=hash` needs.
+            noise_keys: (B,) int32, see `TokenContext`.
 
         Returns:
             (B, S, D) of the same dtype, or that of `torch.autocast`, and the report if it is wanted.
@@ -121,7 +132,8 @@ class MoELayer(nn.Module):
             fix = "convert one of them, or use torch.autocast"
             raise ValueError(f"hidden is of {hidden.dtype} and the experts are of {dtype}; {fix}")
         tokens_TD = hidden.flatten(0, 1)
-        routing = self._route(tokens_TD)
+        ids_T = None if token_ids is None else token_ids.flatten()
+        routing = self._route(tokens_TD, TokenContext(hidden.shape[1], ids_T, noise_keys))
         num_tokens, top_k = routing.expert_indices.shape
         capacity = None
         if self.training and self.capacity_factor is not None:
@@ -145,6 +157,7 @@ class MoELayer(nn.Module):
                 routing.expert_indices.unflatten(0, by_sequence),
             ),
             router_z_loss=router_z_loss(routing.router_logits),
+            mean_probs=routing.router_probs.sum(0) / max(num_tokens, 1),
             tokens_per_expert=metadata.tokens_per_expert,
             dropped_tokens=metadata.dropped_tokens,
             router_entropy=router_entropy(routing.router_probs.detach()),
@@ -152,10 +165,22 @@ class MoELayer(nn.Module):
         )
         return output, aux
 
-    def _route(self, tokens_TD: Tensor) -> RouterOutput:
-        if type(self.router) is Router:
-            return self.router(tokens_TD)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow `.to(...)` and `.bfloat16()`, the router to the device only: it stays in fp32."""
+
+        def in_fp32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            widen = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device, torch.float32) if widen else moved
+
+        for child in self.children() if recurse else ():
+            child._apply(in_fp32 if child is self.router else fn)
+        return super()._apply(fn, recurse=False)
+
+    def _route(self, tokens_TD: Tensor, context: TokenContext) -> RouterOutput:
+        if type(self.router) in ROUTERS.values():
+            return self.router(tokens_TD, context)
         with torch.autocast(tokens_TD.device.type, enabled=False):
-            routing = self.router(tokens_TD)
+            routing = self.router(tokens_TD, context)
         check_routing(routing, len(tokens_TD), self.num_experts)
         return routing

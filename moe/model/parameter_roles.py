@@ -11,7 +11,6 @@ Role = Literal["embedding", "norm", "bias", "router", "experts", "dense"]
 _ROLE_OF_MODULE: dict[type[nn.Module], Role] = {
     nn.Embedding: "embedding",
     nn.RMSNorm: "norm",
-    Router: "router",
     GroupedExperts: "experts",
 }
 
@@ -32,6 +31,8 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     return {
         f"{prefix}.{name}" if prefix else name: "bias"
         if name.endswith("bias")
+        else "router"
+        if isinstance(module, Router) or "router" in prefix.split(".")
         else _ROLE_OF_MODULE.get(type(module), "dense")
         for prefix, module in model.named_modules()
         for name, _ in module.named_parameters(recurse=False)

@@ -63,23 +63,25 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
-        dropout_keys: Tensor | None = None,
+        keys: Tensor | None = None,
+        token_ids: Tensor | None = None,
     ) -> tuple[Tensor, MoEAux | None]:
         """Map (B, S, D) to (B, S, D) and the MoE layer's report, None of a dense block or with a cache.
 
-        The dropout's keys (2, B) are those of its two places; None: no dropout.
+        The keys (3, B) are those of the dropout's two places and of the router's noise; None: no dropout, and
+        noise from PyTorch's random numbers.
         """
         attended = self.attention(self.attention_norm(hidden), rotary, mask, cache)
-        if dropout_keys is not None:
-            attended = dropout(attended, self.dropout, dropout_keys[0])
+        if self.dropout and keys is not None:
+            attended = dropout(attended, self.dropout, keys[0])
         hidden = hidden + attended
         normed = self.ffn_norm(hidden)
         if isinstance(self.ffn, MoELayer):
-            output, aux = self.ffn(normed, with_report=cache is None)
+            output, aux = self.ffn(normed, cache is None, token_ids, None if keys is None else keys[2])
         else:
             output, aux = self.ffn(normed), None
-        if dropout_keys is not None:
-            output = dropout(output, self.dropout, dropout_keys[1])
+        if self.dropout and keys is not None:
+            output = dropout(output, self.dropout, keys[1])
         return hidden + output, aux
 
 
@@ -130,8 +132,9 @@ class Transformer(nn.Module):
                 beyond; None: each sequence is one document.
             cache: of the tokens before these, to which these are added; without gradients, documents and
                 the reports of the MoE layers.
-            dropout_keys: (B,) int32 of `dropout.dropout_keys`, of which the masks of `model.dropout` are a
-                function in training. None: new masks in each call, from PyTorch's random numbers.
+            dropout_keys: (B,) int32 of `dropout.dropout_keys`, of which the masks of `model.dropout` and the
+                noise of a router are functions in training. None: new ones in each call, from PyTorch's
+                random numbers.
             targets: (B, S) int64, the tokens that follow; -100: not counted. Then the output is their
                 cross-entropy instead of the logits, of which only some exist at a time.
 
@@ -141,10 +144,12 @@ class Transformer(nn.Module):
         """
         hidden_BSD = self._embed(tokens, cache)
         block_keys: list[Tensor | None] = [None] * len(self.blocks)
-        if self.model_config.dropout and self.training:
+        if self.training and (self.model_config.dropout or dropout_keys is not None):
             keys_PB = self._keys_of_places(dropout_keys, tokens)
-            hidden_BSD = dropout(hidden_BSD, self.model_config.dropout, keys_PB[0])
-            block_keys = list(keys_PB[1:].split(2))
+            if self.model_config.dropout:
+                hidden_BSD = dropout(hidden_BSD, self.model_config.dropout, keys_PB[0])
+            of_dropout, of_routers = keys_PB[1:].split([2 * len(self.blocks), len(self.blocks)])
+            block_keys = list(torch.cat([of_dropout.unflatten(0, (-1, 2)), of_routers[:, None]], 1))
         if cache is None:
             layer_caches = [None] * len(self.blocks)
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -156,9 +161,9 @@ class Transformer(nn.Module):
         recomputes = self.activation_checkpointing and self.training
         for block, layer_cache, keys in zip(self.blocks, layer_caches, block_keys, strict=True):
             if recomputes:
-                hidden_BSD, aux = self._recomputed(block, hidden_BSD, rotary, mask, None, keys)
+                hidden_BSD, aux = self._recomputed(block, hidden_BSD, rotary, mask, None, keys, tokens)
             else:
-                hidden_BSD, aux = block(hidden_BSD, rotary, mask, layer_cache, keys)
+                hidden_BSD, aux = block(hidden_BSD, rotary, mask, layer_cache, keys, tokens)
             if aux is not None:
                 reports.append(aux)
         head = self.embedding.weight if self.head is None else self.head.weight
@@ -192,10 +197,10 @@ class Transformer(nn.Module):
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=again)
 
     def _keys_of_places(self, keys: Tensor | None, tokens: Tensor) -> Tensor:
-        """The dropout's keys (P, B) of the embedding and of two places in each block."""
+        """Keys (P, B): of the embedding's dropout, of two more in each block, and of each router's noise."""
         if keys is None:
             keys = torch.randint(2**31, tokens.shape[:1], dtype=torch.int32).to(tokens.device)
-        return keys_of_places(keys, 1 + 2 * len(self.blocks))
+        return keys_of_places(keys, 1 + 3 * len(self.blocks))
 
     def new_cache(self, sequences: int) -> KeyValueCache:
         """Room for `max_seq_len` tokens of each of B sequences, for `forward`."""

@@ -24,13 +24,16 @@ class StepMeter:
 
     Args:
         device: where the losses live.
+
+    Attributes:
+        tokens_per_expert: (MoE layers, E) int64; None in a dense model.
     """
 
     def __init__(self, device: torch.device):
         dtype = widest_float(device)
         self._means = torch.zeros(4, dtype=dtype, device=device)  # cross-entropy, balance, z, entropy
         self._totals = torch.zeros(2, dtype=dtype, device=device)  # dropped assignments, bytes sent
-        self._counts: Tensor | None = None  # (MoE layers, E) assignments
+        self.tokens_per_expert: Tensor | None = None  # (MoE layers, E) assignments
         self._forwards = 0
 
     def add(self, loss: TrainingLoss) -> None:
@@ -41,21 +44,22 @@ class StepMeter:
             losses = (aux.load_balancing_loss.detach(), aux.router_z_loss.detach(), aux.router_entropy)
             self._means[1:] += torch.stack([each.mean() for each in losses])
             self._totals += torch.stack([aux.dropped_tokens.sum(), aux.dispatch_bytes.sum()])
-            self._counts = aux.tokens_per_expert + (0 if self._counts is None else self._counts)
+            before = 0 if self.tokens_per_expert is None else self.tokens_per_expert
+            self.tokens_per_expert = before + aux.tokens_per_expert
 
     def tensors(self) -> Iterator[Tensor]:
         """The sums, to be added up over ranks in place."""
         yield self._means
         yield self._totals
-        if self._counts is not None:
-            yield self._counts
+        if self.tokens_per_expert is not None:
+            yield self.tokens_per_expert
 
     def read(self, num_ranks: int) -> dict[str, float | None]:
         """The step's losses and router metrics, under the names of `metrics.jsonl`; null in a dense model."""
         lm_loss, balance, z_loss, entropy = (self._means / (self._forwards * num_ranks)).tolist()
-        if self._counts is None:
+        if self.tokens_per_expert is None:
             return {"loss/lm": lm_loss, **dict.fromkeys(_ROUTER_METRICS)}
-        counts_LE, (dropped, sent_bytes) = self._counts.cpu().double(), self._totals.tolist()
+        counts_LE, (dropped, sent_bytes) = self.tokens_per_expert.cpu().double(), self._totals.tolist()
         imbalance = float((counts_LE.amax(1) / counts_LE.mean(1)).mean())
         dropped_fraction, dead = dropped / float(counts_LE.sum()), int((counts_LE == 0).sum())
         values = (balance, z_loss, imbalance, dropped_fraction, entropy, dead, int(sent_bytes))

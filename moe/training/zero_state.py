@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moe.checkpoint.reading import Checkpoint
 from moe.checkpoint.saving import Fragment
+from moe.distributed.agreement import rank_and_size
 from moe.model.experts import GroupedExperts
 from moe.model.initialization import initial_weights
 
@@ -25,12 +26,15 @@ class ZeroState:
     def __init__(self, model: nn.Module, zero: Any):
         self._model, self._zero = model, zero
         self._layouts = dict(_layouts(model))
+        parameters = dict(model.named_parameters())
+        self._buffers = {name: part for name, part in model.state_dict().items() if name not in parameters}
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank has to save; over all ranks, each element of the state comes exactly once.
 
         fp32 `weights`, `exp_avg` and `exp_avg_sq`, under the parameters' names and, for experts, at the
-        places of their ids among all experts. Views: nothing is copied.
+        places of their ids among all experts; and buffers, which are equal on all ranks, as `weights`. Views:
+        nothing is copied.
         """
         for name, parameter in self._model.named_parameters():
             layout = self._layouts[name]
@@ -38,6 +42,8 @@ class ZeroState:
                 for kind in _KINDS:
                     values = self._of_kind(flat, kind)[place]
                     yield Fragment(kind, name, layout.shape, layout.start + inside.start, values)
+        for name, buffer in self._buffers.items() if rank_and_size()[0] == 0 else ():
+            yield Fragment("weights", name, tuple(buffer.shape), 0, buffer.flatten())
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
@@ -46,8 +52,10 @@ class ZeroState:
         Raises:
             CheckpointError: a tensor is missing, unexpected or of another shape; nothing was changed then.
         """
+        shapes = {name: layout.shape for name, layout in self._layouts.items()}
+        buffers = {name: tuple(buffer.shape) for name, buffer in self._buffers.items()}
         for kind in _KINDS:
-            checkpoint.check_names(kind, {name: layout.shape for name, layout in self._layouts.items()})
+            checkpoint.check_names(kind, shapes | buffers if kind == "weights" else shapes)
         updates = float(checkpoint.step - checkpoint.info.skipped_steps)
         for flat in self._zero.single_partition_of_fp32_groups:
             self._zero.optimizer.state[flat] = {
@@ -63,10 +71,17 @@ class ZeroState:
                         checkpoint.read(kind, name, start + inside.start, inside.stop - inside.start)
                     )
             parameter.copy_(checkpoint.read("weights", name, start, parameter.numel()).view(parameter.shape))
+        for name, buffer in self._buffers.items():
+            buffer.copy_(checkpoint.read("weights", name).view(buffer.shape))
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Set the model's weights and this rank's fp32 master weights to the initial values of a seed."""
+        """Set the model's weights and this rank's fp32 master weights to the initial values of a seed.
+
+        Buffers start at 0.
+        """
+        for buffer in self._buffers.values():
+            buffer.zero_()
         for _, parameter, values in initial_weights(self._model, seed):
             parameter.copy_(values)
             for flat, inside, place in self.parts_of(parameter):

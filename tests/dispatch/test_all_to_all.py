@@ -84,6 +84,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shared": {"num_experts": 4, "top_k": 2, "num_shared_experts": 2},
     "top-1": {"num_experts": 4, "top_k": 1, "normalize_gate_weights": False},
     "all": {"num_experts": 4, "top_k": 4, "normalize_gate_weights": False, "capacity_factor": 0.9},
+    "expert choice": {"num_experts": 4, "top_k": 2, "router": "expert_choice", "allow_causal_leak": True},
 }
 
 
@@ -97,7 +98,7 @@ def every_case(ep_sizes):
 
 @pytest.mark.parametrize(("world_size", "ep_sizes"), [(2, [2]), (4, [2, 4])])
 def test_split_experts_equal_one_process_for_output_and_every_gradient(world_size, ep_sizes):
-    """Dropless and with capacity, both ways to send, with and without overlap, in fp64."""
+    """Dropless, with capacity, by experts' choice; both ways to send, with and without overlap; in fp64."""
     run_ranks(world_size, every_case, ep_sizes)
 
 

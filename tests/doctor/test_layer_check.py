@@ -11,7 +11,17 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    "moe", [{}, {"num_shared_experts": 1}, {"top_k": 3, "normalize_gate_weights": False}], ids=str
+    "moe",
+    [
+        {},
+        {"num_shared_experts": 1, "route_scale": 2.0},
+        {"top_k": 3, "normalize_gate_weights": False},
+        {"router": "sigmoid"},
+        {"router": "noisy_topk"},
+        {"router": "hash"},
+        {"router": "expert_choice", "allow_causal_leak": True},
+    ],
+    ids=str,
 )
 def test_our_layer_passes(moe):
     config = parse_config({"model": {"d_model": 32}, "moe": {"num_experts": 4, "d_ff_expert": 32} | moe})
@@ -21,8 +31,8 @@ def test_our_layer_passes(moe):
 def test_a_gate_weight_that_is_off_by_a_thousandth_is_found(monkeypatch):
     real = router.Router.forward
 
-    def wrong(self, hidden):
-        routing = real(self, hidden)
+    def wrong(self, hidden, context):
+        routing = real(self, hidden, context)
         return routing._replace(gate_weights=routing.gate_weights * 1.001)
 
     monkeypatch.setattr(router.Router, "forward", wrong)

@@ -78,7 +78,7 @@ def test_without_a_seed_layers_start_as_linear_maps_from_pytorchs_random_numbers
         bound = (64 if name.endswith("w_down") else 16) ** -0.5
         assert 0.9 * bound < weight.abs().max() <= bound, name
     torch.manual_seed(0)
-    router = Router(16, 4, 2, normalize_gate_weights=True)
+    router = Router(16, MoEConfig(num_experts=4, top_k=2))
     assert torch.equal(router.weight, first["router.weight"])
 
 

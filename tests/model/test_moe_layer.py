@@ -9,9 +9,10 @@ import torch
 
 from moe.config import MoEConfig
 from moe.dispatch.capacity import expert_capacity
-from moe.dispatch.interface import RouterOutput
+from moe.dispatch.interface import RouterOutput, TokenContext
 from moe.model.grouped_swiglu import ExpertPath
 from moe.model.moe_layer import MoELayer
+from moe.model.router import Router
 from tests.support.models import gradient_of
 
 D_MODEL = 16
@@ -238,7 +239,7 @@ class FixedRouter(torch.nn.Module):
         super().__init__()
         self.output = output
 
-    def forward(self, hidden: torch.Tensor) -> Any:
+    def forward(self, hidden: torch.Tensor, context: TokenContext) -> Any:
         return self.output
 
 
@@ -273,7 +274,7 @@ def test_what_a_router_of_ones_own_must_not_return_is_a_value_error(output, mess
 
 def test_a_router_of_ones_own_computes_in_fp32_under_autocast():
     layer = make_layer(None, torch.float32)
-    layer.router = torch.nn.Sequential(layer.router)  # another class, so any router
+    layer.router = type("OwnRouter", (Router,), {})(D_MODEL, MoEConfig(num_experts=layer.num_experts))
     layer.router.register_forward_pre_hook(lambda *_: autocast.append(torch.is_autocast_enabled("cpu")))
     autocast: list[bool] = []
     with torch.autocast("cpu", dtype=torch.bfloat16):

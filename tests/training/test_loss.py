@@ -19,11 +19,11 @@ CROSS_ENTROPY = -(math.log(0.5) + math.log(0.8)) / 2
 def output(balance: list[float], z: list[float]) -> TransformerOutput:
     """Logits whose softmax is `PROBS`, shifted by another constant each, and a report of two layers."""
     logits = torch.tensor([PROBS]).log() + torch.tensor([[[3.0], [-7.0]]])
-    counts = torch.zeros(2, 4, dtype=torch.int64)
+    counts = torch.tensor([[6, 0, 2, 0], [0, 1, 3, 0]])
     of_layers = torch.zeros(2, dtype=torch.int64)
-    return TransformerOutput(
-        logits, MoEAux(torch.tensor(balance), torch.tensor(z), counts, of_layers, torch.zeros(2), of_layers)
-    )
+    probs = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
+    of_each = counts, of_layers, torch.zeros(2), of_layers
+    return TransformerOutput(logits, MoEAux(torch.tensor(balance), torch.tensor(z), probs, *of_each))
 
 
 def test_two_layers_count_by_their_mean_and_each_loss_by_its_coefficient():
@@ -79,3 +79,24 @@ def test_a_target_that_is_not_counted_is_left_out_of_the_mean_with_logits_and_wi
     without = TransformerOutput(None, with_logits.aux, torch.tensor(-math.log(0.8)))
     for given in (with_logits, without):
         assert training_loss(given, targets, MoEConfig()).lm.item() == pytest.approx(-math.log(0.8), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scope", "given", "expected"),
+    [
+        ("sequence", None, (1 + 3) / 2),  # as the layers report it
+        # E sum f P: 4 (6/8 * 0.1 + 2/8 * 0.3) and 4 * 0.25
+        ("micro_batch", None, (0.6 + 1) / 2),
+        ("micro_batch", [[8, 0, 0, 0], [4, 0, 0, 0]], (0.6 + 1) / 2),
+        ("global_batch", None, (0.6 + 1) / 2),
+        # f is 2/16, 2/16, 2/16, 10/16 over the global batch: 4 (0.6 / 8 + 0.4 * 10 / 16)
+        ("global_batch", [[2, 2, 2, 10], [4, 4, 4, 4]], (1.3 + 1) / 2),
+    ],
+)
+def test_the_scope_of_the_load_balancing_loss_says_whose_counts_it_takes(scope, given, expected):
+    counts = None if given is None else torch.tensor(given)
+    moe = MoEConfig(aux_loss_coef=100.0, z_loss_coef=0.0, aux_loss_scope=scope)
+    loss = training_loss(output(balance=[1.0, 3.0], z=[0.0, 0.0]), TARGETS, moe, counts)
+    assert loss.total.item() == pytest.approx(CROSS_ENTROPY + 100 * expected, rel=1e-6)
+    assert loss.aux is not None
+    assert loss.aux.load_balancing_loss.mean().item() == pytest.approx(expected, rel=1e-6)

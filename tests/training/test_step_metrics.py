@@ -13,6 +13,7 @@ def loss_with(lm, counts, dropped=0, balance=1.0, entropy=0.5, sent=0):
     aux = MoEAux(
         torch.full((layers,), balance),
         torch.full((layers,), 2.0),
+        torch.full((layers, len(counts[0])), torch.nan),
         torch.tensor(counts),
         torch.tensor([dropped] * layers),
         torch.full((layers,), entropy),
