@@ -7,7 +7,6 @@ CONFIG is a YAML file, configs/tiny.yaml unless given, or the folder of a run th
 training loop; read it top to bottom.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -53,11 +52,18 @@ from moe.distributed.topology import Topology
 from moe.inference.sample_text import sample_text
 from moe.model.router_rules import find_router
 from moe.model.transformer import Transformer
-from moe.runs.environment import check_installed, compile_failure, describe_environment
+from moe.runs.environment import (
+    check_installed,
+    check_same_on_all_ranks,
+    compile_failure,
+    describe_environment,
+)
 from moe.runs.loss_plot import plot_losses
 from moe.runs.metrics_log import read_metrics
 from moe.runs.progress import Progress
 from moe.runs.resuming import all_damaged, check_continues, open_run, what_is_saved, with_recorded_revisions
+from moe.runs.router_plot import plot_routers
+from moe.runs.router_warnings import RouterWarnings
 from moe.runs.run_folder import RunFolder
 from moe.runs.summary import overfitting, overview, summarize
 from moe.training.balancing import GlobalCounts, update_expert_biases
@@ -132,6 +138,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.skips = SkipCount(self.config.optim.max_skips)
+        self.router_warnings = RouterWarnings(self.config)
         self.counts = count_parameters(self.config)
         self.environment = describe_environment(self.world.size)
         self.gpu = find_gpu(self.environment["gpu"])
@@ -152,7 +159,7 @@ def prepare(config: Config) -> Run:
     corpus = prepare_corpus(with_recorded_revisions(config, folder))
     config = changed(config, corpus.revisions).resolve(vocabulary_size(corpus.tokenizer))
     world = start(config.parallel)
-    check_same_on_all_ranks(config, corpus)
+    check_same_on_all_ranks(config, corpus.fingerprint, corpus.tokenizer.to_str())
     return Run(config, folder, corpus, world)
 
 
@@ -232,15 +239,17 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
         engine.backward(loss.total)
         norms = engine.step(lr)
     assert norms is not None, "no optimizer step after the last micro batch"
-    for sums in meter.tensors():
-        engine.sum_over_ranks(sums)
+    meter.reduce(engine)
     if norms.skipped:
         world.print(f"warning: {run.skips.add(done, norms.total)}", file=sys.stderr)
         return metrics
-    run.skips.in_a_row = 0
+    run.skips.in_a_row, ranges = 0, None
     if meter.tokens_per_expert is not None and config.moe.bias_update_rate:
-        update_expert_biases(engine.module, meter.tokens_per_expert, config.moe.bias_update_rate)
-    metrics |= meter.read(world.size)
+        ranges = update_expert_biases(engine.module, meter.tokens_per_expert, config.moe.bias_update_rate)
+    metrics |= meter.read(world.size, config.parallel.ep_size, ranges)
+    if meter.tokens_per_expert is not None and world.rank == 0:
+        for warning in run.router_warnings.of_step(meter.tokens_per_expert, metrics):
+            print(f"warning: step {done}: {warning}", file=sys.stderr)
     metrics |= {"optim/lr": lr, "optim/skipped_steps": run.skips.total, "optim/grad_norm": norms.total}
     metrics |= {f"optim/grad_norm/{family}": norm for family, norm in norms.families().items()}
     return metrics | speed(run, time.perf_counter() - started)
@@ -276,23 +285,14 @@ def finish(run: Run, engine: Engine) -> None:
         total, active = run.counts.total / 1e6, run.counts.active_all / 1e6
         title = f"{run.config.run.name}: {total:.1f}M parameters, {active:.1f}M active"
         plot_losses(metrics, title, folder.loss_plot)
+        if not run.config.moe.is_dense:
+            plot_routers(metrics, title, folder.router_plot)
         folder.sample.write_text(samples, encoding="utf-8")
         folder.finish(summary)
         print(json.dumps(summary, indent=1))
         if warning := overfitting(metrics):
             print(f"warning: {warning}", file=sys.stderr)
         print(f"see {folder.loss_plot} and {folder.sample}; to write more: scripts/generate.py {folder.path}")
-
-
-def check_same_on_all_ranks(config: Config, corpus: TokenizedCorpus) -> None:
-    """Nodes with files of their own must not train on different texts, or with different settings."""
-    settings = config.model_dump_json(exclude={"run": {"dir"}, "data": {"cache_dir"}})
-    here = hashlib.sha256((settings + corpus.fingerprint + corpus.tokenizer.to_str()).encode()).hexdigest()
-    digests = on_all_ranks(lambda: here)
-    if len(set(digests)) > 1:
-        odd = next(i for i, there in enumerate(digests) if there != digests[0])
-        problem = f"the text, the tokenizer or another key differs between ranks 0 and {odd}"
-        raise ConfigError("data.source", f"{problem}; start all with the same files and arguments")
 
 
 @command

@@ -118,12 +118,9 @@ def _router_size(d_model: int, moe: MoEConfig) -> int:
     """Parameters of a router. One of your own is built, on the meta device, to be counted."""
     if ":" not in moe.router:
         return {"hash": 0, "noisy_topk": 2}.get(moe.router, 1) * d_model * moe.num_experts
-    import torch
+    from moe.model.router_rules import count_router  # with torch, which other counts do without
 
-    from moe.model.router_rules import make_router
-
-    with torch.device("meta"):
-        return sum(weight.numel() for weight in make_router(d_model, moe).parameters())
+    return count_router(d_model, moe)
 
 
 def _count_layer(config: Config, layer: int) -> dict[str, int]:

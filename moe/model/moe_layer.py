@@ -4,7 +4,7 @@ Shape suffixes: B sequences, S positions, T = B * S tokens, M tokens that came t
 K experts per token, E experts, D d_model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from moe.config import MoEConfig, check_type
 from moe.dispatch.capacity import expert_capacity
-from moe.dispatch.interface import Dispatcher, RouterOutput, TokenContext, check_routing
+from moe.dispatch.interface import Dispatcher, DispatchMetadata, RouterOutput, TokenContext, check_routing
 from moe.dispatch.local import LocalDispatcher
 from moe.model.experts import GroupedExperts, SwiGLU
 from moe.model.grouped_swiglu import ExpertPath
 from moe.model.initialization import init_weights
 from moe.model.losses import load_balancing_loss, router_entropy, router_z_loss
 from moe.model.products import is_autocast
+from moe.model.router_health import router_health
 from moe.model.router_rules import ROUTERS, make_router
 
 
@@ -35,6 +36,7 @@ class MoEAux(NamedTuple):
         tokens_per_expert: (E,) int64, tokens that chose each expert, before dropping.
         dropped_tokens: () int64, of these tokens, how many were dropped for lack of capacity.
         router_entropy: () fp32, nats, detached.
+        health: (3,) fp32, detached, see `router_health`.
         dispatch_bytes: () int64, bytes of the token rows that this rank sent to other ranks' experts; gate
             weights, expert ids, the way back and the backward pass are not in it.
     """
@@ -45,6 +47,7 @@ class MoEAux(NamedTuple):
     tokens_per_expert: Tensor
     dropped_tokens: Tensor
     router_entropy: Tensor
+    health: Tensor
     dispatch_bytes: Tensor
 
 
@@ -146,24 +149,8 @@ class MoELayer(nn.Module):
         output_TD = self.dispatcher.combine(sums_MD, metadata)
         if shared_TD is not None:
             output_TD = output_TD + shared_TD
-        output = output_TD.view_as(hidden)
-        if not with_report:
-            return output, None
-
-        by_sequence = hidden.shape[:2]
-        aux = MoEAux(
-            load_balancing_loss=load_balancing_loss(
-                routing.router_probs.unflatten(0, by_sequence),
-                routing.expert_indices.unflatten(0, by_sequence),
-            ),
-            router_z_loss=router_z_loss(routing.router_logits),
-            mean_probs=routing.router_probs.sum(0) / max(num_tokens, 1),
-            tokens_per_expert=metadata.tokens_per_expert,
-            dropped_tokens=metadata.dropped_tokens,
-            router_entropy=router_entropy(routing.router_probs.detach()),
-            dispatch_bytes=metadata.sent_bytes,
-        )
-        return output, aux
+        aux = _report(routing, metadata, hidden.shape[:2]) if with_report else None
+        return output_TD.view_as(hidden), aux
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow `.to(...)` and `.bfloat16()`, the router to the device only: it stays in fp32."""
@@ -184,3 +171,18 @@ class MoELayer(nn.Module):
             routing = self.router(tokens_TD, context)
         check_routing(routing, len(tokens_TD), self.num_experts)
         return routing
+
+
+def _report(routing: RouterOutput, metadata: DispatchMetadata, by_sequence: Sequence[int]) -> MoEAux:
+    return MoEAux(
+        load_balancing_loss=load_balancing_loss(
+            routing.router_probs.unflatten(0, by_sequence), routing.expert_indices.unflatten(0, by_sequence)
+        ),
+        router_z_loss=router_z_loss(routing.router_logits),
+        mean_probs=routing.router_probs.sum(0) / max(len(routing.router_probs), 1),
+        tokens_per_expert=metadata.tokens_per_expert,
+        dropped_tokens=metadata.dropped_tokens,
+        router_entropy=router_entropy(routing.router_probs.detach()),
+        health=router_health(routing.router_logits, routing.router_probs),
+        dispatch_bytes=metadata.sent_bytes,
+    )

@@ -173,6 +173,12 @@ def make_router(d_model: int, moe: MoEConfig) -> nn.Module:
     return find_router(moe.router)(d_model, moe)
 
 
+def count_router(d_model: int, moe: MoEConfig) -> int:
+    """The parameters of a router, which is built on the meta device."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in make_router(d_model, moe).parameters())
+
+
 def _uniform(hidden: Tensor, width: int, context: TokenContext) -> Tensor:
     """(T, width) fp32 between 0 and 1; see `TokenContext.noise_keys`."""
     if context.noise_keys is None:

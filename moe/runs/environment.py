@@ -1,5 +1,6 @@
 """`env.json`: the code, the libraries and the hardware that a run used."""
 
+import hashlib
 import os
 import platform
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from moe.config import Config, ConfigError, first_line
+from moe.distributed.agreement import on_all_ranks
 from moe.distributed.launch import choose_device
 from moe.runs.run_folder import RunFolder
 
@@ -30,6 +32,26 @@ def check_installed(config: Config) -> None:
     on_cpu = choose_device(config.parallel).type == "cpu"
     if config.train.compile and on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise ConfigError("train.compile", "needs a C++ compiler on CPU; install g++ or set it to false")
+
+
+def check_same_on_all_ranks(config: Config, fingerprint: str, tokenizer: str) -> None:
+    """Nodes with files of their own must not train on different texts, or with different settings.
+
+    Args:
+        config: of the run.
+        fingerprint: of the text and its tokens.
+        tokenizer: as JSON.
+
+    Raises:
+        ConfigError: one of them differs between ranks.
+    """
+    settings = config.model_dump_json(exclude={"run": {"dir"}, "data": {"cache_dir"}})
+    here = hashlib.sha256((settings + fingerprint + tokenizer).encode()).hexdigest()
+    digests = on_all_ranks(lambda: here)
+    if len(set(digests)) > 1:
+        odd = next(i for i, there in enumerate(digests) if there != digests[0])
+        problem = f"the text, the tokenizer or another key differs between ranks 0 and {odd}"
+        raise ConfigError("data.source", f"{problem}; start all with the same files and arguments")
 
 
 def compile_failure(error: BaseException, folder: RunFolder) -> str | None:

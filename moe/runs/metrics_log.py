@@ -36,7 +36,7 @@ class MetricsLog:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         for mirror in self._mirrors:
-            mirror.write(line)
+            mirror.write(_scalars(line))
 
     def close(self) -> None:
         """Close the file and wait for the mirrors; for W&B a limited time."""
@@ -54,6 +54,16 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def _scalars(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line whose lists, such as `moe/layers/max_vio`, are one key an element, `moe/layers/max_vio/0`."""
+    parts: dict[str, Any] = {}
+    for key, value in line.items():
+        parts |= (
+            {f"{key}/{i}": each for i, each in enumerate(value)} if isinstance(value, list) else {key: value}
+        )
+    return parts
 
 
 def losses_by_text(evaluation: Mapping[str, Any]) -> dict[str, float]:

@@ -26,6 +26,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"  # one JSON object a line
         self.summary = path / "summary.json"  # final figures; it exists once the run is finished
         self.loss_plot = path / "loss.png"  # training and validation loss
+        self.router_plot = path / "router.png"  # what the routers did; not of a dense model
         self.sample = path / "sample.txt"  # text from the final model
         self.tokenizer = path / "tokenizer.json"  # in the format of the `tokenizers` library
         self.checkpoints = path / "checkpoints"  # a folder per checkpoint

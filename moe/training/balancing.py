@@ -39,7 +39,7 @@ class GlobalCounts:
 
 
 @torch.no_grad()
-def update_expert_biases(model: Transformer, tokens_per_expert: Tensor, rate: float) -> None:
+def update_expert_biases(model: Transformer, tokens_per_expert: Tensor, rate: float) -> Tensor:
     """Lower the bias of each expert with more than the mean load by `rate`, and raise the others'.
 
     After Wang et al. 2024 (Auxiliary-loss-free load balancing), algorithm 1. Then their mean is subtracted,
@@ -49,13 +49,19 @@ def update_expert_biases(model: Transformer, tokens_per_expert: Tensor, rate: fl
         model: whose routers have an `expert_bias`.
         tokens_per_expert: (MoE layers, E) int64 of the global batch.
         rate: `moe.bias_update_rate`.
+
+    Returns:
+        (MoE layers,) fp32, the difference between the largest and the smallest bias.
     """
+    ranges: list[Tensor] = []
     layers = [block.ffn for block in model.blocks if isinstance(block.ffn, MoELayer)]
     for layer, counts_E in zip(layers, tokens_per_expert, strict=True):
         too_few_E = counts_E.sum() - len(counts_E) * counts_E  # an integer, so 0 is exact
         bias_E = layer.router.expert_bias
         bias_E += rate * too_few_E.sign()
         bias_E -= bias_E.mean()
+        ranges.append(bias_E.amax() - bias_E.amin())
+    return torch.stack(ranges)
 
 
 @torch.no_grad()

@@ -233,6 +233,11 @@ class Engine:
             torch.distributed.all_reduce(values)
         return values
 
+    def max_over_ranks(self, values: Tensor) -> Tensor:
+        """Element-wise maximum over all ranks, in place."""
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+        return values
+
     def any_rank(self, *happened: bool) -> list[bool]:
         """Whether each of these happened on any rank; every rank gets the same answers."""
         counts = torch.tensor(happened, dtype=torch.float32, device=self.world.device)
@@ -240,8 +245,7 @@ class Engine:
 
     def from_rank_0(self, values: Tensor) -> Tensor:
         """Overwrite a tensor with rank 0's, in place."""
-        if self.world.size > 1:
-            torch.distributed.broadcast(values, src=0)
+        torch.distributed.broadcast(values, src=0)
         return values
 
 

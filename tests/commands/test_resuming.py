@@ -181,8 +181,8 @@ def bad_batch(monkeypatch):
                 signal.raise_signal(signal.SIGINT)
             return real(run, engine, step)
 
-        def poisoned(output, targets, moe):
-            loss = training_loss(output, targets, moe)
+        def poisoned(output, *others):
+            loss = training_loss(output, *others)
             return loss._replace(total=loss.total * factor) if steps[-1] in bad else loss
 
         monkeypatch.setattr(train, "train_step", recorded)

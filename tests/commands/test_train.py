@@ -17,7 +17,8 @@ TRAIN_KEYS = {
     "step", "tokens", "loss/lm", "loss/load_balancing", "loss/router_z",
     "optim/lr", "optim/grad_norm", "optim/skipped_steps",
     "perf/tokens_per_s", "perf/step_s", "perf/mfu", "moe/load_imbalance", "moe/dropped_fraction",
-    "moe/router_entropy", "moe/dead_experts", "comm/dispatch_bytes", "optim/grad_norm/dense",
+    "moe/max_vio", "moe/load_cv", "moe/load_entropy", "moe/top1_margin", "moe/logit_rms", "moe/logit_max",
+    "moe/rank_imbalance", "moe/bias_range", "moe/router_entropy", "moe/dead_experts", "comm/dispatch_bytes", "optim/grad_norm/dense",
     "optim/grad_norm/router", "optim/grad_norm/experts",
 }  # fmt: skip
 SUMMARY_KEYS = {
@@ -31,14 +32,16 @@ def test_a_run_leaves_the_files_of_the_contract(small, tmp_path, capsys):
     assert train.main([*small, f"run.dir={run}"]) == 0
     out = capsys.readouterr().out
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "env.json", "metrics.jsonl", "summary.json", "loss.png", "sample.txt", "run.lock",
-        "tokenizer.json", "checkpoints",
+        "config.yaml", "env.json", "metrics.jsonl", "summary.json", "loss.png", "router.png",
+        "sample.txt", "run.lock", "tokenizer.json", "checkpoints",
     }  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss/lm" in line]
     evaluations = [line for line in lines if "eval/loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
-    assert all(set(line) == TRAIN_KEYS for line in steps)
+    assert all({key for key in line if not key.startswith("moe/layers/")} == TRAIN_KEYS for line in steps)
+    of_layers = {key for key in TRAIN_KEYS if key.startswith("moe/")}
+    assert all(len(line[key.replace("moe/", "moe/layers/")]) == 2 for line in steps for key in of_layers)
     assert [line["step"] for line in evaluations] == [6, 12]
     assert all({"step", "eval/loss", "eval/bits_per_byte"} <= set(line) for line in evaluations)
     assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"] < 5.6
@@ -47,6 +50,7 @@ def test_a_run_leaves_the_files_of_the_contract(small, tmp_path, capsys):
     assert summary["tokens"] == 12 * 4 * 32
     assert summary["final_eval_loss"] == evaluations[-1]["eval/loss"]
     assert Image.open(run / "loss.png").size == (960, 600)
+    assert Image.open(run / "router.png").size == (900, 800)
     assert len((run / "sample.txt").read_text()) > 100
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
         "step-00000008",

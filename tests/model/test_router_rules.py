@@ -106,6 +106,33 @@ def test_a_bias_moves_groups_and_experts_but_no_gate():
     torch.testing.assert_close(output.gate_weights, torch.tensor([[0.9, 0.7, 0.2]]) / 1.8)
 
 
+def test_experts_of_other_groups_are_out_even_if_all_biased_scores_are_below_0():
+    settings: dict[str, Any] = {"num_experts": 8, "top_k": 3, "num_groups": 4, "top_groups": 2}
+    router: Any = make_router(8, MoEConfig(router="group_limited", bias_update_rate=0.1, **settings))
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(8))
+    router.expert_bias -= 2
+    output = router(torch.tensor([[0.9, 0.1, 0.6, 0.5, 0.7, 0.2, 0.1, 0.3]]).logit())
+    assert output.expert_indices.tolist() == [[0, 2, 3]]
+
+
+def test_the_noise_of_each_layer_is_its_own_and_follows_from_the_keys():
+    moe = MoEConfig(router="noisy_topk", num_experts=8, d_ff_expert=8)
+    model = Transformer(Config(model=ModelConfig(d_model=8, n_layers=2, n_heads=2, vocab_size=50), moe=moe))
+    seen: list[Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith("router"):
+            for weight in module.parameters():
+                torch.nn.init.zeros_(weight)  # so that the logits are noise of size log 2
+            module.register_forward_hook(lambda *arguments: seen.append(arguments[2].router_logits))
+    for step in (0, 0, 1):
+        model(torch.arange(12).view(2, 6), dropout_keys=dropout_keys(0, step, [4, 9]))
+    first, second, again, _, other, _ = seen
+    assert (first != second).all()
+    assert torch.equal(first, again)
+    assert (first != other).all()
+
+
 @pytest.mark.parametrize("rule", ["topk", "sigmoid", "noisy_topk"])
 def test_a_bias_of_0_is_no_bias_and_another_changes_the_choice_only(rule):
     _, hidden, plain = routed(rule, train=False)

@@ -17,11 +17,14 @@ def test_tensorboard_reads_every_metric_of_every_line_also_after_a_resume(run_ma
     events.Reload()
     written: dict[str, list[tuple[int, float]]] = {}
     for line in read_metrics(run / "metrics.jsonl"):
-        for name, value in line.items():
-            if name != "step" and value is not None:
+        lists = {name: value for name, value in line.items() if isinstance(value, list)}
+        assert "eval/loss" in line or len(lists) == 12
+        of_layers = {f"{name}/{i}": each for name, value in lists.items() for i, each in enumerate(value)}
+        for name, value in (line | of_layers).items():
+            if name != "step" and value is not None and name not in lists:
                 written.setdefault(name, []).append((line["step"], value))
     assert set(events.Tags()["scalars"]) == written.keys()
-    assert {"loss/lm", "eval/loss", "tokens"} <= written.keys()
+    assert {"loss/lm", "eval/loss", "tokens", "moe/layers/max_vio/1"} <= written.keys()
     for name, values in written.items():
         read = [(event.step, event.value) for event in events.Scalars(name)]
         assert [step for step, _ in read] == [step for step, _ in values], name

@@ -97,6 +97,10 @@ def test_wandb_gets_every_line_under_its_step(run_main, monkeypatch):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert module.arguments["project"] == "mine"
     assert module.arguments["config"]["moe.num_experts"] == 4
+    for line in lines:
+        for name in [name for name, value in line.items() if isinstance(value, list)]:
+            line |= {f"{name}/{i}": each for i, each in enumerate(line.pop(name))}
+    assert "moe/layers/max_vio/1" in lines[0]
     assert module.logged == [
         (line["step"], {k: v for k, v in line.items() if v is not None}) for line in lines
     ]

@@ -22,7 +22,7 @@ def output(balance: list[float], z: list[float]) -> TransformerOutput:
     counts = torch.tensor([[6, 0, 2, 0], [0, 1, 3, 0]])
     of_layers = torch.zeros(2, dtype=torch.int64)
     probs = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
-    of_each = counts, of_layers, torch.zeros(2), of_layers
+    of_each = counts, of_layers, torch.zeros(2), torch.zeros(2, 3), of_layers
     return TransformerOutput(logits, MoEAux(torch.tensor(balance), torch.tensor(z), probs, *of_each))
 
 
