@@ -18,8 +18,8 @@ TRAIN_KEYS = {
     "optim/lr", "optim/grad_norm", "optim/skipped_steps",
     "perf/tokens_per_s", "perf/step_s", "perf/mfu", "moe/load_imbalance", "moe/dropped_fraction",
     "moe/max_vio", "moe/load_cv", "moe/load_entropy", "moe/top1_margin", "moe/logit_rms", "moe/logit_max",
-    "moe/rank_imbalance", "moe/bias_range", "moe/router_entropy", "moe/dead_experts", "comm/dispatch_bytes", "optim/grad_norm/dense",
-    "optim/grad_norm/router", "optim/grad_norm/experts",
+    "moe/rank_imbalance", "moe/bias_range", "moe/router_entropy", "moe/dead_experts", "comm/dispatch_bytes",
+    "optim/grad_norm/dense", "optim/grad_norm/router", "optim/grad_norm/experts",
 }  # fmt: skip
 SUMMARY_KEYS = {
     "params_total", "params_active", "flops_per_token", "final_train_loss", "final_eval_loss",
