@@ -121,6 +121,13 @@ def check_evaluate(words: list[str], shrink: list[str]) -> None:
     assert "bits per byte" in run([sys.executable, str(ROOT / words[1]), *words[2:]])
 
 
+def check_experts(words: list[str], shrink: list[str]) -> None:
+    for text in [word for word in words[3:] if word.endswith(".md")]:
+        Path(text).parent.mkdir(exist_ok=True)
+        Path(text).write_text((ROOT / text).read_text()[:1000])
+    assert "busiest / mean" in run([sys.executable, str(ROOT / words[1]), *words[2:]])
+
+
 def check_tables(words: list[str], shrink: list[str]) -> None:
     """count.py, plan.py and dry runs print the lines that the README shows below the command."""
     printed = run(["sh", "-c", f"{sys.executable} {ROOT}/{' '.join(words[1:])}"]).splitlines()
@@ -171,6 +178,7 @@ CHECKS: dict[str, Callable[[list[str], list[str]], None]] = {
     "python scripts/generate.py": check_generate,
     "python scripts/runs.py": check_runs,
     "python scripts/evaluate.py": check_evaluate,
+    "python scripts/experts.py": check_experts,
     "python scripts/count.py": check_tables,
     "python scripts/plan.py": check_tables,
     "python scripts/doctor.py": check_tables,

@@ -55,7 +55,7 @@ class Prediction:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
-class _Tokenized(NamedTuple):
+class Tokenized(NamedTuple):
     """A text after the end token, so that its first token can be predicted too.
 
     Attributes:
@@ -93,7 +93,7 @@ def predict(run: TrainedRun, data: DataConfig, stride: int | None = None) -> Pre
     if not 1 <= stride <= length:
         expected = f"at least 1 and at most {length}, data.seq_len of the run"
         raise ConfigError("stride", f"should be {expected}; got {stride}")
-    text = _tokenize(run, data)
+    text = tokenize(run, data)
     last = len(text.tokens) - 1  # no token comes after this one
     starts = [0, *range(stride, last - length + stride, stride)]
     full = [start for start in starts if start + length <= last]
@@ -107,7 +107,7 @@ def predict(run: TrainedRun, data: DataConfig, stride: int | None = None) -> Pre
 
 
 @torch.no_grad()
-def _nats(run: TrainedRun, text: _Tokenized, starts: list[int], length: int, new: int) -> float:
+def _nats(run: TrainedRun, text: Tokenized, starts: list[int], length: int, new: int) -> float:
     """Cross-entropy of the last `new` tokens of windows; of all for the window at the start of the text."""
     device = run.model.embedding.weight.device
     windows = torch.stack([text.tokens[start : start + length + 1] for start in starts]).to(device)
@@ -120,7 +120,12 @@ def _nats(run: TrainedRun, text: _Tokenized, starts: list[int], length: int, new
     return float(run.model(windows[:, :-1], documents, targets=targets).nats)
 
 
-def _tokenize(run: TrainedRun, data: DataConfig) -> _Tokenized:
+def tokenize(run: TrainedRun, data: DataConfig) -> Tokenized:
+    """All of a text as tokens of a run.
+
+    Raises:
+        ConfigError: the source cannot be read or holds no text.
+    """
     tokens, documents, num_bytes, number = [run.end_id], [0], 0, 1
     run.tokenizer.encode_special_tokens = (
         True  # as in training: an end token that is spelled out ends nothing
@@ -140,4 +145,4 @@ def _tokenize(run: TrainedRun, data: DataConfig) -> _Tokenized:
     run.tokenizer.encode_special_tokens = False
     if not num_bytes:
         raise ConfigError("data.source", f"{data.source} holds no text")
-    return _Tokenized(torch.tensor(tokens), torch.tensor(documents), num_bytes)
+    return Tokenized(torch.tensor(tokens), torch.tensor(documents), num_bytes)
