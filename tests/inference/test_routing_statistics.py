@@ -115,6 +115,16 @@ def test_the_loss_without_an_expert_is_that_of_a_model_that_never_had_it():
     assert routing_statistics(run, TEXTS).loss == pytest.approx(plain, rel=1e-7), "the router is as before"
 
 
+def test_a_layer_whose_experts_do_nothing_loses_nothing_without_any_of_them():
+    run = make_run()
+    with torch.no_grad():
+        run.model.get_parameter("blocks.2.ffn.experts.w_down").zero_()
+    routing = routing_statistics(run, TEXTS, drop=5)
+    first, second = routing.layers
+    assert set(second.losses.values()) == {routing.loss}
+    assert routing.loss not in first.losses.values()
+
+
 def test_the_least_used_experts_are_dropped_first():
     layer = routing_statistics(make_run(), TEXTS, drop=2).layers[0]
     loads = layer.loads.sum(0).tolist()
