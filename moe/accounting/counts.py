@@ -138,5 +138,5 @@ def _count_layer(config: Config, layer: int) -> dict[str, int]:
     return parts | {
         "router": _router_size(model.d_model, moe),
         "routed_experts": moe.num_experts * expert,
-        "shared_experts": moe.num_shared_experts * expert,
+        "shared_experts": moe.num_shared_experts * expert + moe.shared_expert_gate * model.d_model,
     }

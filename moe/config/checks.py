@@ -118,6 +118,11 @@ def _router_conflicts(moe: MoEConfig) -> Iterator[Conflict]:
         yield "moe.capacity_factor", "expert_choice fills every expert exactly; set it to null"
     if moe.bias_update_rate and rule in ("expert_choice", "hash", "uniform"):
         yield "moe.bias_update_rate", f"{rule} chooses no experts by their scores; set it to 0"
+    if moe.shared_expert_gate and not moe.num_shared_experts:
+        yield (
+            "moe.shared_expert_gate",
+            "is for shared experts; set moe.num_shared_experts, or set it to false",
+        )
     yield from _group_conflicts(moe)
 
 

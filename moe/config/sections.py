@@ -81,6 +81,7 @@ class MoEConfig(Section):
     top_k: int = _key(2, "experts per token", gt=0)
     d_ff_expert: int = _key(512, "hidden width of one expert; multiples of 8 are fastest", gt=0)
     num_shared_experts: int = _key(0, "experts that see every token", ge=0)
+    shared_expert_gate: bool = _key(False, "weigh their output by a sigmoid that is learned")
     capacity_factor: float | None = _key(
         None, "null: dropless; else an expert takes at most ceil(factor * T * K / E)", gt=0
     )

@@ -64,6 +64,8 @@ def _naive_layer(
             if expert < moe.num_experts:  # the number of experts stands for none
                 row = row + gate * feed_forward(x, *experts[expert])
         if moe.num_shared_experts:
-            row = row + feed_forward(x, *(exact[f"shared_experts.{part}"] for part in parts))
+            shared = feed_forward(x, *(exact[f"shared_experts.{part}"] for part in parts))
+            weight = exact.get("shared_gate.weight")
+            row = row + (shared if weight is None else shared * (weight[0] @ x).sigmoid())
         rows.append(row)
     return torch.stack(rows).view_as(exact["hidden"])

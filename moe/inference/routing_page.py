@@ -17,8 +17,9 @@ h1 { font-size: 1.5rem; margin: .5rem 0; }
 summary { cursor: pointer; font-weight: 600; font-size: 1.1rem; margin: 1rem 0 .5rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .5rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th { border-bottom: 2px solid #444; } td.text { text-align: left; white-space: normal; min-width: 14rem; }
+th, td { padding: .25rem .4rem; text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid #444; vertical-align: bottom; white-space: normal; overflow-wrap: normal; }
+td.text { text-align: left; white-space: normal; border-bottom: 1px solid #ddd; padding-bottom: .6rem; }
 code { background: #f0f0f0; border-radius: .2rem; padding: 0 .25rem; margin-right: .2rem; white-space: pre; }
 figure { margin: 1rem 0; } img { width: 100%; max-width: 26rem; height: auto; }
 figcaption, .note { color: #444; font-size: .9rem; }
@@ -79,9 +80,11 @@ def _experts(routing: Routing, layer: LayerRouting, tokenizer: Tokenizer) -> str
     """A row for each expert: its share of each text, and the tokens that go to it most."""
     by_text = layer.loads.double() / layer.loads.sum(1, keepdim=True)
     even, rows = 1 / by_text.shape[1], []
+    several = len(routing.texts) > 1
+    all_texts = [[share] if several else [] for share in layer.shares.tolist()]
     for expert in layer.shares.argsort(descending=True).tolist():
         cells = [f"<td>{expert}</td>"]
-        for share in [float(layer.shares[expert]), *by_text[:, expert].tolist()]:
+        for share in [*all_texts[expert], *by_text[:, expert].tolist()]:
             cells.append(f'<td style="background:{_shade(share / even)}">{share:.1%}</td>')
         if expert in layer.losses:
             cells.append(f"<td>{layer.losses[expert] - routing.loss:+.4f}</td>")
@@ -91,14 +94,15 @@ def _experts(routing: Routing, layer: LayerRouting, tokenizer: Tokenizer) -> str
             f'<code title="{share:.0%} of its occurrences">{escape(_written(tokenizer, token))}</code> '
             for token, share in layer.favourites(expert, _FAVOURITES)
         )
-        rows.append(f'<tr>{"".join(cells)}<td class="text">{tokens}</td></tr>\n')
+        row = f'<tr><td class="text" colspan="{len(cells)}">{tokens}</td></tr>\n'
+        rows.append(f"<tr>{''.join(cells)}</tr>\n{row}")
     dropped = ["loss if dropped"] if layer.losses else []
-    names = ["expert", "all", *routing.texts, *dropped, "tokens that go to it most often"]
+    names = ["expert", *(["all"] if several else []), *routing.texts, *dropped]
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     return (
         f'<div class="wide"><table><tr>{head}</tr>\n{"".join(rows)}</table></div>\n'
-        f'<p class="note">Shares of the assignments; an even one is {even:.1%}. Tokens are ordered by the '
-        "share of their occurrences that go to the expert; rare ones are left out.</p>\n"
+        f'<p class="note">Shares of the assignments; an even one is {even:.1%}. Below are the '
+        "tokens of which the largest share goes to the expert; rare ones are left out.</p>\n"
     )
 
 

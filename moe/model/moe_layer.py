@@ -18,7 +18,7 @@ from moe.model.experts import GroupedExperts, SwiGLU
 from moe.model.grouped_swiglu import ExpertPath
 from moe.model.initialization import init_weights
 from moe.model.losses import load_balancing_loss, router_entropy, router_z_loss
-from moe.model.products import is_autocast
+from moe.model.products import Linear, is_autocast
 from moe.model.router_health import router_health
 from moe.model.router_rules import ROUTERS, make_router
 
@@ -62,7 +62,8 @@ class MoELayer(nn.Module):
     4. The dispatcher brings the sums back and adds up those of a token that was in several processes.
 
     While the tokens travel, shared experts, if any, transform every token; their output is added at the end
-    (Dai et al. 2024, DeepSeekMoE, eq. 9).
+    (Dai et al. 2024, DeepSeekMoE, eq. 9), with `moe.shared_expert_gate` times the sigmoid of a learned
+    projection of the token (Qwen Team 2024, Qwen1.5-MoE).
 
     Args:
         d_model: D.
@@ -98,6 +99,7 @@ class MoELayer(nn.Module):
         self.shared_experts = (
             SwiGLU(d_model, moe.num_shared_experts * moe.d_ff_expert) if moe.num_shared_experts else None
         )
+        self.shared_gate = Linear(d_model, 1) if moe.shared_expert_gate else None
         if seed is not None:
             init_weights(self, seed)
 
@@ -144,6 +146,8 @@ class MoELayer(nn.Module):
 
         in_flight = self.dispatcher.dispatch(tokens_TD, routing, capacity)
         shared_TD = None if self.shared_experts is None else self.shared_experts(tokens_TD)
+        if shared_TD is not None and self.shared_gate is not None:
+            shared_TD = shared_TD * self.shared_gate(tokens_TD).sigmoid()
         arrived_MD, metadata = self.dispatcher.receive(in_flight), in_flight.metadata
         sums_MD = self.experts(arrived_MD, metadata.gate_weights, metadata.permutation)
         output_TD = self.dispatcher.combine(sums_MD, metadata)

@@ -63,7 +63,7 @@ def test_granite_3b_a800m_with_tied_embeddings_to_the_last_digit():
 GRID = list(
     product(
         [{"num_experts": 1, "top_k": 1}, {"num_experts": 4}, {"num_experts": 6, "top_k": 3}],
-        [{}, {"num_shared_experts": 2}],
+        [{}, {"num_shared_experts": 2}, {"num_shared_experts": 1, "shared_expert_gate": True}],
         [{}, {"first_dense_layers": 1, "every_n_layers": 2}, {"first_dense_layers": 4}],
         [{"tie_embeddings": False}, {"head_dim": 12}],
         [{}, {"qk_norm": True}, {"qk_norm": True, "qk_norm_scope": "all_heads", "n_kv_heads": 2}],
@@ -102,8 +102,8 @@ def test_count_equals_the_built_models_parameters_part_by_part_and_layer_by_laye
         "norms": total("norm"),
         "router": total("router"),
         "routed_experts": total(".experts."),
-        "shared_experts": total("shared_experts"),
-        "dense_blocks": total(".ffn.", without=("router", "experts")),
+        "shared_experts": total("shared_"),
+        "dense_blocks": total(".ffn.", without=("router", "experts", "shared_gate")),
         "head": total("head."),
     }
     assert counts.total == total()

@@ -59,7 +59,7 @@ def test_one_rank_says_that_it_starts_before_torch_is_imported(without_torch):
 def test_help_says_which_values_a_key_may_have(capsys):
     assert train.main(["--help", "moe"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(".")[0].strip() for line in lines] == ["moe"] * 18
+    assert [line.split(".")[0].strip() for line in lines] == ["moe"] * 19
     assert any(line.split()[:4] == ["moe.num_experts", "int", ">", "0"] for line in lines)
     assert any(" ".join(line.split()).startswith("moe.capacity_factor float > 0 | null =") for line in lines)
     assert train.main(["--help", "moe.top_k"]) == 0

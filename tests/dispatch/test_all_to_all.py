@@ -81,7 +81,7 @@ def compare_with_one_process(parallel, moe_settings):
 CASES: dict[str, dict[str, Any]] = {
     "dropless": {"num_experts": 8, "top_k": 3},
     "capacity": {"num_experts": 8, "top_k": 2, "capacity_factor": 0.5},
-    "shared": {"num_experts": 4, "top_k": 2, "num_shared_experts": 2},
+    "shared": {"num_experts": 4, "top_k": 2, "num_shared_experts": 2, "shared_expert_gate": True},
     "top-1": {"num_experts": 4, "top_k": 1, "normalize_gate_weights": False},
     "all": {"num_experts": 4, "top_k": 4, "normalize_gate_weights": False, "capacity_factor": 0.9},
     "expert choice": {"num_experts": 4, "top_k": 2, "router": "expert_choice", "allow_causal_leak": True},

@@ -15,6 +15,7 @@ CPU = torch.device("cpu")
     [
         {},
         {"num_shared_experts": 1, "route_scale": 2.0},
+        {"num_shared_experts": 2, "shared_expert_gate": True},
         {"top_k": 3, "normalize_gate_weights": False},
         {"router": "sigmoid"},
         {"router": "noisy_topk"},

@@ -56,9 +56,10 @@ def naive_moe(layer, hidden, capacity_factor=None, top_k=2, normalize=True):
     if "shared_experts.w_up" in weights:
         for t, x in enumerate(flat):
             gated = torch.nn.functional.silu(x @ weights["shared_experts.w_gate"])
-            out[t] = (
-                out[t] + (gated * (x @ weights["shared_experts.w_up"])) @ weights["shared_experts.w_down"]
-            )
+            shared = (gated * (x @ weights["shared_experts.w_up"])) @ weights["shared_experts.w_down"]
+            if "shared_gate.weight" in weights:
+                shared = shared / (1 + torch.exp(-(weights["shared_gate.weight"] @ x)))
+            out[t] = out[t] + shared
     return torch.stack(out).reshape(hidden.shape)
 
 
@@ -79,6 +80,7 @@ def naive_moe(layer, hidden, capacity_factor=None, top_k=2, normalize=True):
         {"top_k": 1, "normalize_gate_weights": False},
         {"top_k": 3, "normalize_gate_weights": False},
         {"top_k": 6, "num_shared_experts": 2},
+        {"top_k": 5, "num_shared_experts": 1, "shared_expert_gate": True},
     ],
     ids=lambda routing: f"k{routing['top_k']}",
 )

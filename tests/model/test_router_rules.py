@@ -313,6 +313,10 @@ CONFLICTS = [
         "moe.capacity_factor: expert_choice fills every expert exactly",
     ),
     ({"router": "hash", "bias_update_rate": 0.1}, "moe.bias_update_rate: hash chooses no experts"),
+    (
+        {"shared_expert_gate": True},
+        "moe.shared_expert_gate: is for shared experts; set moe.num_shared_experts",
+    ),
     ({"num_groups": 2}, "moe.num_groups: is for moe.router=group_limited, not topk"),
     ({"router": "group_limited"}, "moe.num_groups: moe.router=group_limited needs it"),
     ({"router": "group_limited", "num_groups": 3, "top_groups": 1}, "moe.num_groups: 3 does not divide"),
