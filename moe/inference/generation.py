@@ -73,6 +73,7 @@ def generate(
     Several prompts, of any lengths, are continued together. Each has the text that it would have alone with
     its seed. Raises what `stream` raises.
     """
+    check_type("prompt", prompt, str | Sequence)
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     for number, piece in stream(run, list(texts), sampling):
         texts[number] += piece
@@ -88,6 +89,7 @@ def stream(
         ConfigError: an argument is of another type, such as the path of a run.
     """
     check_type("run (see load_run)", run, TrainedRun)
+    check_type("prompts", prompts, str | Sequence)
     prompts, sampling = [prompts] if isinstance(prompts, str) else prompts, sampling or Sampling()
     check_type("sampling", sampling, Sampling)
     for prompt in prompts:

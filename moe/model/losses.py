@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, K experts per token, E experts, D d_model, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,26 @@ def cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tenso
     if len(targets) * len(head_weight) <= LOGITS_AT_ONCE:
         return _of_logits(hidden, head_weight, targets)
     return _ChunkedCrossEntropy.apply(hidden, head_weight, targets)
+
+
+def check_targets(targets: Tensor, shape: Sequence[int]) -> None:
+    """Check the targets of B sequences of S tokens.
+
+    Raises:
+        ValueError: they are not int64, or not (B, S).
+    """
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets should be of int64, got {targets.dtype}")
+    if tuple(targets.shape) != tuple(shape):
+        expected, got = tuple(shape), tuple(targets.shape)
+        raise ValueError(f"targets should be (batch, sequence) = {expected}, got {got}")
+
+
+def not_in_vocabulary(targets: Tensor, vocab_size: int) -> ValueError:
+    """The error for targets that PyTorch found to be out of bounds, which it does on a CPU."""
+    counted = targets[targets != NOT_COUNTED]
+    got = f"{counted.min()} to {counted.max()}"
+    return ValueError(f"targets should be from 0 to {vocab_size - 1}, or {NOT_COUNTED}; got {got}")
 
 
 def _of_logits(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from moe.model.experts import SwiGLU
 from moe.model.grouped_swiglu import ExpertPath
 from moe.model.initialization import init_weights
 from moe.model.key_value_cache import KeyValueCache, LayerCache
-from moe.model.losses import cross_entropy
+from moe.model.losses import check_targets, cross_entropy, not_in_vocabulary
 from moe.model.moe_layer import MoEAux, MoELayer
 from moe.model.products import Linear, linear
 
@@ -139,9 +139,11 @@ class Transformer(nn.Module):
                 cross-entropy instead of the logits, of which only some exist at a time.
 
         Raises:
-            ValueError: the tokens have another shape or type, or are too many; on a CPU, also a token that is
-                not in the vocabulary. The cache is of another number of sequences, or used with gradients.
+            ValueError: tokens or targets have another shape or type, or are too many; on a CPU, also one that
+                is not in the vocabulary. The cache is of another number of sequences, or used with gradients.
         """
+        if targets is not None:
+            check_targets(targets, tokens.shape)
         hidden_BSD = self._embed(tokens, cache)
         block_keys: list[Tensor | None] = [None] * len(self.blocks)
         if self.training and (self.model_config.dropout or dropout_keys is not None):
@@ -171,8 +173,7 @@ class Transformer(nn.Module):
         normed_BSD = self.final_norm(hidden_BSD)
         if targets is None:
             return TransformerOutput(linear(normed_BSD, head), stacked)
-        nats = cross_entropy(normed_BSD.flatten(0, 1), head, targets.flatten())
-        return TransformerOutput(None, stacked, nats)
+        return TransformerOutput(None, stacked, self._nats(normed_BSD, head, targets))
 
     def _embed(self, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
         """The embeddings (B, S, D) of tokens that are checked, as the cache is; see `forward`."""
@@ -190,6 +191,13 @@ class Transformer(nn.Module):
         except IndexError:
             expected, got = f"0 to {len(self.embedding.weight) - 1}", f"{tokens.min()} to {tokens.max()}"
             raise ValueError(f"tokens should be from {expected} (model.vocab_size), got {got}") from None
+
+    def _nats(self, normed_BSD: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the targets' cross-entropies."""
+        try:
+            return cross_entropy(normed_BSD.flatten(0, 1), head, targets.flatten())
+        except IndexError:
+            raise not_in_vocabulary(targets, len(head)) from None
 
     def _recomputed(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, MoEAux | None]:
         """Run a block that keeps its inputs only, and runs again in the backward pass."""

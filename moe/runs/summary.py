@@ -11,6 +11,7 @@ from moe.accounting.counts import ModelCounts
 from moe.accounting.gpus import GPU
 from moe.accounting.memory import estimate_memory
 from moe.config import Config
+from moe.runs.metrics_log import losses_by_text
 from moe.tables import memory_size, plain, short
 
 _CLEAR_RISE = 0.01  # nats; a smaller one is noise of short runs
@@ -76,6 +77,7 @@ def summarize(
         "final_train_loss": train[-1]["loss/lm"],
         "final_eval_loss": last_evaluation["eval/loss"],
         "final_bits_per_byte": last_evaluation["eval/bits_per_byte"],
+        "final_eval_loss_by_text": losses_by_text(last_evaluation),
         "tokens": train[-1]["tokens"],
         "wall_s": spent["wall_s"],
         "tokens_per_s": tokens_per_step / mean_step_s,

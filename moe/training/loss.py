@@ -2,12 +2,11 @@
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe.config import MoEConfig, check_type
-from moe.model.losses import NOT_COUNTED, load_balancing_loss_of_counts
+from moe.model.losses import NOT_COUNTED, check_targets, load_balancing_loss_of_counts, not_in_vocabulary
 from moe.model.moe_layer import MoEAux
 from moe.model.transformer import TransformerOutput
 
@@ -33,17 +32,17 @@ def training_loss(
             this is the global batch.
 
     Raises:
-        ValueError: the targets have another shape than the logits, or an argument has another type.
+        ValueError: the targets have another shape than the logits or, on a CPU, are not in the vocabulary; or
+            an argument has another type.
     """
     check_type("output", output, TransformerOutput)
     check_type("moe", moe, MoEConfig)
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets should be of int64, got {targets.dtype}")
+    check_targets(targets, targets.shape if output.logits is None else output.logits.shape[:2])
     if output.logits is not None:
-        if targets.shape != output.logits.shape[:2]:
-            expected = tuple(output.logits.shape[:2])
-            raise ValueError(f"targets should be (batch, sequence) = {expected}, got {tuple(targets.shape)}")
-        lm = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
+        try:
+            lm = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
+        except IndexError:
+            raise not_in_vocabulary(targets, output.logits.shape[2]) from None
     else:
         assert output.nats is not None
         lm = output.nats / (targets != NOT_COUNTED).sum()

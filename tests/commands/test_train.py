@@ -23,7 +23,7 @@ TRAIN_KEYS = {
 }  # fmt: skip
 SUMMARY_KEYS = {
     "params_total", "params_active", "flops_per_token", "final_train_loss", "final_eval_loss",
-    "final_bits_per_byte", "tokens", "wall_s", "tokens_per_s", "cost",
+    "final_bits_per_byte", "final_eval_loss_by_text", "tokens", "wall_s", "tokens_per_s", "cost",
 }  # fmt: skip
 
 
@@ -110,6 +110,8 @@ def test_named_validation_texts_have_losses_of_their_own(run_main, tmp_path):
         assert line["eval/other/loss"] != line["eval/loss"]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["final_eval_loss"] == evaluations[-1]["eval/loss"]
+    by_text = {name: evaluations[-1][f"eval/{name}/loss"] for name in ("same", "other")}
+    assert summary["final_eval_loss_by_text"] == by_text
 
 
 @pytest.mark.parametrize("capacity_factor", ["null", "0.5"])

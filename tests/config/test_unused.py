@@ -24,7 +24,9 @@ OTHER_VALUES = {
     "model.qk_norm_scope": "all_heads",
 }
 OF_OTHER_RULES = {"moe.router_jitter", "moe.allow_causal_leak"}
-NOT_TRIED = {"moe.num_groups", "moe.top_groups", "moe.bias_update_rate", "moe.shared_expert_gate"}  # of a dense model
+NOT_TRIED = {  # of a dense model
+    "moe.num_groups", "moe.top_groups", "moe.bias_update_rate", "moe.shared_expert_gate",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

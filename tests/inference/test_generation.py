@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe.config import ConfigError
-from moe.inference.generation import Decoding, Sampling, choose_token, generate_tokens
+from moe.config import ConfigError, parse_config
+from moe.inference.generation import Decoding, Sampling, choose_token, generate, generate_tokens, stream
+from moe.inference.trained_run import TrainedRun
 from moe.model import products
 from moe.model.transformer import Transformer
 from tests.support.models import make_model
@@ -258,3 +260,13 @@ def test_values_of_sampling_of_another_type_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**values)
     assert Sampling(stop="end", temperature=1).stop == ("end",)
+
+
+@pytest.mark.parametrize("prompt", [None, 5])
+def test_a_prompt_of_another_type_is_refused(prompt):
+    config = parse_config({"model": {"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 50}})
+    run = TrainedRun(Transformer(config), Tokenizer(models.BPE()), config, 0)
+    with pytest.raises(ConfigError, match=r"prompt: should be of type str \| .*Sequence, got "):
+        generate(run, prompt)
+    with pytest.raises(ConfigError, match=r"prompts: should be of type str \| .*Sequence, got "):
+        next(stream(run, prompt))

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from moe.config import MoEConfig
+from moe.config import Config, ModelConfig, MoEConfig
 from moe.model.moe_layer import MoEAux
-from moe.model.transformer import TransformerOutput
+from moe.model.transformer import Transformer, TransformerOutput
 from moe.training.loss import training_loss
 
 # Two positions over three tokens, as probabilities; the targets are tokens 0 and 2.
@@ -100,3 +100,18 @@ def test_the_scope_of_the_load_balancing_loss_says_whose_counts_it_takes(scope, 
     assert loss.total.item() == pytest.approx(CROSS_ENTROPY + 100 * expected, rel=1e-6)
     assert loss.aux is not None
     assert loss.aux.load_balancing_loss.mean().item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_wrong_targets_are_value_errors_in_words_with_logits_and_without():
+    config = Config(model=ModelConfig(d_model=16, n_layers=1, n_heads=2, vocab_size=50))
+    model, tokens = Transformer(config), torch.arange(12).view(2, 6)
+    for targets, message in {
+        tokens + 45: r"targets should be from 0 to 49, or -100; got 45 to 56",
+        tokens - 1: r"targets should be from 0 to 49, or -100; got -1 to 10",
+        tokens[:, 1:]: r"targets should be \(batch, sequence\) = \(2, 6\), got \(2, 5\)",
+        tokens.float(): r"targets should be of int64, got torch.float32",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            model(tokens, targets=targets)
+        with pytest.raises(ValueError, match=message):
+            training_loss(model(tokens), targets, config.moe)
