@@ -244,8 +244,8 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     if meter.tokens_per_expert is not None and config.moe.bias_update_rate:
         ranges = update_expert_biases(engine.module, meter.tokens_per_expert, config.moe.bias_update_rate)
     metrics |= meter.read(world.size, config.parallel.ep_size, ranges)
-    if meter.tokens_per_expert is not None and world.rank == 0:
-        for warning in run.router_warnings.of_step(meter.tokens_per_expert, metrics):
+    if meter.counts_on_host is not None and world.rank == 0:
+        for warning in run.router_warnings.of_step(meter.counts_on_host, metrics):
             print(f"warning: step {done}: {warning}", file=sys.stderr)
     metrics |= {"optim/lr": lr, "optim/skipped_steps": run.skips.total, "optim/grad_norm": norms.total}
     metrics |= {f"optim/grad_norm/{family}": norm for family, norm in norms.families().items()}

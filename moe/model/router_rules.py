@@ -169,8 +169,16 @@ def find_router(name: str) -> Any:
 
 
 def make_router(d_model: int, moe: MoEConfig) -> nn.Module:
-    """The router of a layer, of the class that `moe.router` names."""
-    return find_router(moe.router)(d_model, moe)
+    """The router of a layer, of the class that `moe.router` names.
+
+    Raises:
+        ConfigError: there is no such class, or it has no biases although they are wanted.
+    """
+    router = find_router(moe.router)(d_model, moe)
+    if moe.bias_update_rate and getattr(router, "expert_bias", None) is None:
+        fix = "derive it from moe.Router, or set it to 0"
+        raise ConfigError("moe.bias_update_rate", f"{moe.router} has no buffer expert_bias; {fix}")
+    return router
 
 
 def count_router(d_model: int, moe: MoEConfig) -> int:

@@ -41,10 +41,10 @@ class RouterWarnings:
         """What went wrong with this step.
 
         Args:
-            tokens_per_expert: (L, E), of the global batch.
+            tokens_per_expert: (L, E) on the CPU, of the global batch.
             metrics: of the step.
         """
-        counts_LE = tokens_per_expert.float().cpu()
+        counts_LE = tokens_per_expert.float()
         self._recent_LE = _KEPT * self._recent_LE + counts_LE
         self._idle_steps_LE = torch.where(counts_LE > 0, 0, self._idle_steps_LE + 1)
         mean_L1 = counts_LE.mean(1, keepdim=True)

@@ -30,6 +30,7 @@ class StepMeter:
 
     Attributes:
         tokens_per_expert: (L, E) int64, of the global batch once `reduce` was called; None in a dense model.
+        counts_on_host: the same once `read` was called, (L, E) fp64 on the CPU.
     """
 
     def __init__(self, device: torch.device):
@@ -39,6 +40,7 @@ class StepMeter:
         self._sums: Tensor | None = None
         self._logit_max: Tensor | None = None  # (L,)
         self.tokens_per_expert: Tensor | None = None
+        self.counts_on_host: Tensor | None = None
         self._forwards = 0
 
     def add(self, loss: TrainingLoss) -> None:
@@ -86,23 +88,18 @@ class StepMeter:
             bias_ranges = torch.zeros_like(self._logit_max)
         layers, experts = self.tokens_per_expert.shape
         # Counts are exact in fp64, and in fp32 up to 2**24.
-        parts = (
-            self._lm[None],
-            self._sums.flatten(),
-            self._logit_max,
-            bias_ranges,
-            self.tokens_per_expert.flatten(),
-        )
-        on_host = torch.cat([part.to(self._dtype) for part in parts]).cpu().double()
+        parts = self._lm, self._sums, self._logit_max, bias_ranges, self.tokens_per_expert
+        on_host = torch.cat([part.to(self._dtype).flatten() for part in parts]).cpu().double()
         lm, sums, logit_max, ranges, counts = on_host.split([1, 7 * layers, layers, layers, layers * experts])
         *means, dropped, sent_bytes = sums.view(7, layers)
         balance, z_loss, entropy, margin, squares = (each / forwards for each in means)
-        of_layers = _of_load(counts.view(layers, experts), ep_size) | {
+        self.counts_on_host = counts_LE = counts.view(layers, experts)
+        of_layers = _of_load(counts_LE, ep_size) | {
             "router_entropy": entropy,
             "top1_margin": margin,
             "logit_rms": squares.sqrt(),
             "logit_max": logit_max,
-            "dropped_fraction": dropped / counts.view(layers, experts).sum(1),
+            "dropped_fraction": dropped / counts_LE.sum(1),
             "bias_range": ranges,
         }
         metrics: dict[str, float | list[float] | None] = {

@@ -25,6 +25,10 @@ class CosineRouter(Router):
         normalize = torch.nn.functional.normalize
         cosines = normalize(hidden, dim=1) @ normalize(self.weight, dim=1).to(hidden.dtype).T
         return cosines * torch.exp(self.log_temperature)
+
+class PlainRouter(torch.nn.Module):
+    def __init__(self, d_model, moe):
+        super().__init__()
 """
 OWN = "moe.router=cosine_router_of_a_test:CosineRouter"
 
@@ -55,6 +59,16 @@ def test_it_trains_counts_resumes_loads_and_passes_the_doctors_check(run_main, c
     assert json.loads(capsys.readouterr().out)["total"] == weights
     assert count_parameters(run.config).by_part["router"] == 2 * (4 * 32 + 1)
     assert layer_error(load_config(whole / "config.yaml"), torch.device("cpu")) < 1e-5
+
+
+@pytest.mark.usefixtures("in_a_folder_with_a_router")
+def test_one_without_biases_is_refused_if_biases_are_wanted(run_main):
+    code, run, _, err = run_main("moe.router=cosine_router_of_a_test:PlainRouter", "moe.bias_update_rate=0.1")
+    assert code == 2
+    assert (
+        "moe.bias_update_rate: cosine_router_of_a_test:PlainRouter has no buffer expert_bias; derive" in err
+    )
+    assert not (run / "config.yaml").exists()
 
 
 @pytest.mark.parametrize("name", ["nowhere_at_all:Router", "json:Router"])
