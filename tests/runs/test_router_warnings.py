@@ -65,6 +65,12 @@ def test_dead_experts_are_said_once_and_again_after_they_had_a_token():
     assert text.startswith("layer 1: 2 of 16 experts got no token in 100 steps; raise moe.aux_loss_coef")
 
 
+def test_an_expert_without_tokens_is_dead_only_after_enough_tokens_of_others():
+    """15 tokens to 16 experts: 200 have come to the mean expert after 213.3 steps."""
+    few = [0, *[1] * 15]
+    assert list(warnings_of([([few, few], [1.0, 1.0])] * 300)) == [214]
+
+
 def test_large_logits_are_said_once_until_they_were_small():
     logits = [20.0, 49.0, 51.0, 90.0, 45.0, 55.0, 30.0, 85.4]
     said = warnings_of([([HEALTHY, HEALTHY], [value, 1.0]) for value in logits])
